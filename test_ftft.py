@@ -1,0 +1,552 @@
+"""What ftft.py and eval.py promise, checked by independent routes: python -m pytest (CPU, offline)."""
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import transformers
+
+import eval as measuring
+import ftft
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+WORDS = "red green blue cat dog bird runs sleeps sings here there now".split()
+NLI = ["contradiction", "entailment", "neutral"]  # label i goes with the word WORDS[i]
+
+
+def rows(n, seed=0, labels=NLI):
+    """n premise-hypothesis rows whose label follows from the first word of the hypothesis."""
+    rng = np.random.default_rng(seed)
+    return [{"premise": " ".join(rng.choice(WORDS[3:], rng.integers(2, 9))),
+             "hypothesis": f"{WORDS[i]} {' '.join(rng.choice(WORDS[3:], rng.integers(1, 5)))}", "label": labels[i]}
+            for i in rng.integers(3, size=n)]
+
+
+def write(path, items):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    else:
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, list(items[0]), delimiter="," if path.suffix == ".csv" else "\t")
+            if path.suffix in (".csv", ".tsv"):
+                table.writeheader()
+            table.writerows(items)
+    return str(path)
+
+
+def tiny(dropout=0.0, layers=1):
+    torch.manual_seed(0)
+    tokenizer = transformers.BertTokenizer(
+        {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}, model_max_length=32)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=17, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32, num_labels=3,
+        max_position_embeddings=32, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)), tokenizer
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of a reference and a main model, stored in fp16 without a classification head."""
+    paths = []
+    for name, layers in (("small", 1), ("large", 2)):
+        paths.append(str(tmp_path_factory.mktemp("models") / name))
+        model, tokenizer = tiny(0.1, layers)
+        model.bert.half().save_pretrained(paths[-1])
+        tokenizer.save_pretrained(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def task(tmp_path, models):
+    """Arguments of a small run on files of our own, without --out."""
+    test = write(tmp_path / "same.jsonl", rows(20, 2))
+    merged = write(tmp_path / "hans.csv", [{**row, "label": "entailment" if row["label"] == "entailment" else "non-entailment"}
+                                           for row in rows(20, 3)])
+    return ["--ref", models[0], "--main", models[1], "--train", write(tmp_path / "train.jsonl", rows(48)),
+            "--dev", write(tmp_path / "dev.tsv", rows(20, 1)), "--test", f"id={test}", f"ood={merged}",
+            "--batch-size", "8", "--epochs", "3", "--fraction", "0.5", "--lr", "0.01", "--ref-lr", "0.01"]
+
+
+def settings(*more):
+    return ftft.settings(["--ref", "r", "--main", "m", "--batch-size", "8", "--lr", "0.01", "--device", "cpu", *more])
+
+
+def encoded(tokenizer, items, cfg):
+    return ftft.encode(tokenizer, ftft.Examples([(r["premise"], r["hypothesis"]) for r in items],
+                                                torch.tensor([NLI.index(r["label"]) for r in items]), NLI), cfg)
+
+
+def main(argv):
+    """What `python ftft.py` does with these arguments, up to the scoring."""
+    cfg = ftft.settings(argv)
+    measuring.read_tests(cfg)
+    return ftft.main(cfg)
+
+
+def run_json(path):
+    return json.loads((path / "run.json").read_text())
+
+
+# ---------------------------------------------------------------- the training loop
+
+
+@pytest.mark.parametrize("pieces", ["1", "3"])
+def test_training_and_dynamics_equal_a_textbook_loop(pieces):
+    items, (model, tokenizer), (plain, _) = rows(20), tiny(), tiny()
+    cfg = settings("--grad-accum", pieces)
+    data, dynamics = encoded(tokenizer, items, cfg), torch.full((2, 20, 3), math.nan)
+    steps = list(ftft.train(model, data, torch.arange(20), 6, 0.01, cfg, dynamics))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, eps=1e-6, weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 1, 6)
+    expected = torch.full((2, 20, 3), math.nan)
+    for step, (batch, _, loss) in enumerate(steps):
+        chosen = [items[row] for row in batch]
+        inputs = tokenizer([r["premise"] for r in chosen], [r["hypothesis"] for r in chosen], padding=True,
+                           return_tensors="pt")
+        logits = plain(**inputs).logits
+        plain_loss = torch.nn.functional.cross_entropy(logits, torch.tensor([NLI.index(r["label"]) for r in chosen]))
+        plain_loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        expected[step // 3, batch] = logits.detach()
+        assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-5)
+    torch.testing.assert_close(dynamics, expected, atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_each_cell_of_the_dynamics_is_written_once_an_epoch():
+    model, tokenizer = tiny(0.1)
+    cfg = settings()
+    data, dynamics = encoded(tokenizer, rows(20), cfg), torch.full((2, 20, 3), math.nan)
+    for step, (batch, padded, _) in enumerate(ftft.train(model, data, torch.arange(20), 6, 0.01, cfg, dynamics)):
+        before, now = seen.clone() if step else torch.zeros(2, 20, dtype=bool), ~dynamics.isnan().any(-1)
+        seen, written = now, torch.zeros(2, 20, dtype=bool)
+        written[step // 3, batch] = True
+        assert not (before & written).any() and torch.equal(before | written, now)
+        assert padded == len(batch) * data.lengths[batch].max()
+    assert seen.all()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
+    def dynamics(seed):
+        model, tokenizer = tiny(0.1)
+        torch.manual_seed(seed)
+        cfg, out = settings("--seed", str(seed)), torch.full((2, 20, 3), math.nan)
+        list(ftft.train(model, encoded(tokenizer, rows(20), cfg), torch.arange(20), 6, 0.01, cfg, out))
+        return out
+    assert torch.equal(dynamics(1), dynamics(1)) and not torch.equal(dynamics(1), dynamics(2))
+
+
+def test_the_learning_rate_starts_and_ends_at_zero():
+    model, tokenizer = tiny()
+    cfg, changes = settings(), []
+    before = model.classifier.weight.detach().clone()
+    for _ in ftft.train(model, encoded(tokenizer, rows(20), cfg), torch.arange(20), 30, 0.01, cfg):
+        changes.append((model.classifier.weight - before).abs().max().item())
+        before = model.classifier.weight.detach().clone()
+    assert changes[0] == 0 and changes[3] > changes[1] > 0  # warm-up of 3 steps
+    assert changes[-1] < changes[3] / 4                    # the last step has 1/27 of the full rate
+
+
+def test_fp16_overflow_skips_the_step_and_the_schedule_waits():
+    (model, tokenizer), (plain, _) = tiny(), tiny()
+    cfg, data = settings("--amp", "fp16"), None
+    data = encoded(tokenizer, rows(8), cfg)
+    weights, backward = [model.classifier.weight.detach().clone()], iter(range(9))
+    model.classifier.weight.register_hook(lambda gradient: gradient * (math.inf if next(backward) == 1 else 1))
+    for _ in ftft.train(model, data, torch.arange(8), 4, 0.01, cfg):
+        weights.append(model.classifier.weight.detach().clone())
+    assert model.classifier.weight.dtype == torch.float32
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, eps=1e-6, weight_decay=0.0)
+    for step, rate in enumerate((0.0, None, 0.01, 0.01 * 2 / 3)):  # the overflow takes no step and no place in the schedule
+        with torch.autocast("cpu", torch.float16):
+            logits = plain(**ftft.collate(data, torch.arange(8))).logits
+        torch.nn.functional.cross_entropy(logits.float(), data.labels).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate or 0.0
+        if rate is not None:
+            optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(weights[step + 1], weights[step]) == (not rate)
+        torch.testing.assert_close(weights[step + 1], plain.classifier.weight, atol=2e-3, rtol=0)
+
+
+def test_bf16_autocast_learns_with_float32_weights():
+    model, tokenizer = tiny()
+    cfg = settings("--amp", "bf16")
+    data, dynamics = encoded(tokenizer, rows(32), cfg), torch.full((60, 32, 3), math.nan)
+    exact = tiny()[0](**ftft.collate(data, torch.arange(32))).logits
+    losses = [loss.item() for _, _, loss in ftft.train(model, data, torch.arange(32), 240, 0.01, cfg, dynamics)]
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and dynamics.dtype == torch.float32
+    assert not torch.equal(ftft.predict(model, data, cfg), ftft.predict(model, data, settings()))  # bf16 was at work
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) / 2
+    first = dynamics[0][(dynamics[0] - exact).abs().max(-1).values < 0.05]
+    assert len(first) >= 16  # the first two batches, before and after a step of rate 0
+
+
+@cuda
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_gpu_agrees_with_the_cpu(amp):
+    results = []
+    for device, kind in (("cpu", "off"), ("cuda", amp)):
+        model, tokenizer = tiny()
+        cfg, out = settings("--device", device, "--amp", kind), torch.full((2, 20, 3), math.nan, device=device)
+        data = encoded(tokenizer, rows(20), cfg)
+        list(ftft.train(model.to(device), data, torch.arange(20), 6, 0.001, cfg, out))
+        results.append(out.cpu())
+    torch.testing.assert_close(*results, atol=1e-3 if amp == "off" else 5e-2, rtol=0)
+
+
+# ---------------------------------------------------------------- data map and selection
+
+
+def test_the_data_map_equals_numpy_on_hand_written_logits():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(4, 50, 3)).astype(np.float32) * 3, rng.integers(3, size=50)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    p_gold = np.stack([p[:, i, label] for i, label in enumerate(labels)], axis=1)
+    right = logits.argmax(-1) == labels
+    stats = ftft.data_map(torch.from_numpy(logits), torch.from_numpy(labels))
+    np.testing.assert_allclose(stats["confidence"], p_gold.mean(0), atol=1e-6)
+    np.testing.assert_allclose(stats["variability"], p_gold.std(0), atol=1e-6)
+    np.testing.assert_allclose(stats["correctness"], right.mean(0), atol=1e-6)
+    assert stats["forgetting"].tolist() == [sum(a and not b for a, b in zip(r, r[1:])) for r in right.T]
+
+
+def logits_of(p_gold):
+    """Two-class logits (epochs, n, 2) whose softmax gives these p(gold) (epochs, n) to class 0."""
+    p = torch.tensor(p_gold).T
+    return torch.stack([p.log(), (1 - p).log()], dim=-1)
+
+
+SIX = [[0.9, 0.9, 0.9], [0.1, 0.9, 0.5], [0.1, 0.1, 0.1], [0.1, 0.9, 0.5], [0.4, 0.5, 0.6], [0.1, 0.9, 0.5]]
+
+
+@pytest.mark.parametrize("how, fraction, expected", [
+    ("ambiguous", 0.5, [1, 3, 5]), ("ambiguous", 0.33, [1, 3]), ("ambiguous", 4 / 6, [1, 3, 4, 5]), ("easy", 1 / 6, [0]),
+    ("easy", 0.5, [0, 1, 3]), ("hard", 1 / 6, [2]), ("hard", 1.0, [0, 1, 2, 3, 4, 5])])
+def test_selection_keeps_exactly_k_rows_and_ties_go_to_the_lower(how, fraction, expected):
+    kept, _ = ftft.select(how, fraction, 0, torch.zeros(6, dtype=torch.long), logits_of(SIX))
+    assert kept.tolist() == expected
+
+
+def test_selection_takes_swinging_rows_and_neither_steady_kind():
+    rng = np.random.default_rng(0)
+    level = np.repeat([0.95, 0.05, 0.5], 40)[:, None]
+    p = level + rng.uniform(-0.04, 0.04, (120, 5)) + (level == 0.5) * np.array([-0.4, 0.4, -0.3, 0.3, 0.4])
+    for how, group in (("ambiguous", 80), ("hard", 40), ("easy", 0)):
+        kept, threshold = ftft.select(how, 1 / 3, 0, torch.zeros(120, dtype=torch.long), logits_of(p.tolist()))
+        assert kept.tolist() == list(range(group, group + 40))
+    assert threshold == pytest.approx(np.sort(p.mean(1))[-40], abs=1e-5)
+
+
+def test_random_selection_has_the_same_size_and_follows_the_seed():
+    labels = torch.zeros(100, dtype=torch.long)
+    a, b, c = (ftft.select("random", 0.33, seed, labels)[0] for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and len(a.unique()) == 33 and a.tolist() == sorted(a.tolist())
+
+
+def test_an_unvisited_cell_is_refused():
+    logits = logits_of(SIX)
+    logits[1, 4] = math.nan
+    with pytest.raises(AssertionError, match="not visited"):
+        ftft.select("ambiguous", 0.5, 0, torch.zeros(6, dtype=torch.long), logits)
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_batches_hold_every_row_once_and_change_between_epochs():
+    chosen = torch.arange(0, 90, 2)
+    a, again, b = (ftft.batches(chosen, 8, 3, epoch) for epoch in (0, 0, 1))
+    assert [len(batch) for batch in a] == [8, 8, 8, 8, 8, 5]
+    assert torch.cat(a).sort().values.tolist() == chosen.tolist() == torch.cat(b).sort().values.tolist()
+    assert torch.equal(torch.cat(a), torch.cat(again)) and not torch.equal(torch.cat(a), torch.cat(b))
+
+
+def test_flat_arrays_give_the_tokenizers_own_padded_batches():
+    _, tokenizer = tiny()
+    items = rows(30)
+    data = encoded(tokenizer, items, settings("--max-length", "9"))
+    chosen = [7, 0, 29, 7]
+    theirs = tokenizer([items[i]["premise"] for i in chosen], [items[i]["hypothesis"] for i in chosen], truncation=True,
+                       max_length=9, padding=True, return_tensors="pt")
+    ours = ftft.collate(data, torch.tensor(chosen))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_every_form_of_file_and_label_reads_the_same(tmp_path):
+    items = rows(12)
+    want = [(row["premise"], row["hypothesis"]) for row in items]
+    forms = [(".jsonl", ("premise", "hypothesis", "label"), str), (".csv", ("sentence1", "sentence2", "gold_label"), str),
+             (".tsv", ("context", "hypothesis", "gold"), lambda label: label[0]),
+             (".csv", ("text1", "text2", "labels"), NLI.index), (".jsonl", ("text1", "text2", "label"), NLI.index)]
+    for i, (suffix, names, form) in enumerate(forms):
+        path = write(tmp_path / f"{i}{suffix}", [dict(zip(names, (*row.values(),))) | {names[2]: form(row["label"]), "uid": "x"}
+                                                 for row in items])
+        read = ftft.read(path)
+        assert read.texts == want and read.labels.tolist() == [NLI.index(row["label"]) for row in items]
+        assert read.names == (["0", "1", "2"] if form == NLI.index else NLI)
+
+
+def test_unlabelled_rows_are_dropped_and_counted_and_later_rows_renumbered(tmp_path):
+    items = [{"text": str(i), "label": label} for i, label in enumerate(["a", "-", "b", -1, "-1", "a"])]
+    read = ftft.read(write(tmp_path / "x.jsonl", items))
+    assert (read.texts, read.labels.tolist(), read.dropped) == ([("0",), ("2",), ("5",)], [0, 1, 0], 3)
+
+
+def test_the_built_in_task_is_what_its_docstring_says():
+    sets, planted = ftft.built_in()
+    agreement = {}
+    for kind, examples in sets.items():
+        day = [["monday", "tuesday", "wednesday"].index(text.split()[0]) for (text,) in examples.texts]
+        agreement[kind] = np.mean(np.array(day) == examples.labels.numpy())
+    assert agreement["id"] == pytest.approx(0.9, abs=0.02) and agreement["adversarial"] == 0
+    assert agreement["ood"] == pytest.approx(1 / 3, abs=0.03)
+    assert planted["shortcut-breaking"].mean() == pytest.approx(0.1, abs=0.01)
+    assert planted["mislabelled"].mean() == pytest.approx(0.03, abs=0.01)
+    place_of = {}  # a word's place: the label that it stands under most often
+    for (text,), label in zip(sets["train"].texts, sets["train"].labels.tolist()):
+        for word in text.split()[1:]:
+            place_of.setdefault(word, [0, 0, 0])[label] += 1
+    votes = [np.sum([np.array(place_of[w]) / sum(place_of[w]) for w in text.split()[1:]], axis=0).argmax()
+             for (text,) in sets["adversarial"].texts]
+    assert np.mean(np.array(votes) == sets["adversarial"].labels.numpy()) > 0.85  # the rule alone solves most of it
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_metrics_equal_a_count_by_hand():
+    result = ftft.metrics([0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 0, 2])
+    assert result == {"accuracy": pytest.approx(4 / 6), "macro_f1": pytest.approx((1 / 2 + 2 / 3 + 4 / 5) / 3), "n": 6}
+
+
+def test_a_set_labelled_x_and_non_x_merges_the_other_classes(tmp_path):
+    model, tokenizer = tiny()
+    cfg, items = settings(), rows(40, 5)
+    path = write(tmp_path / "hans.jsonl", [{**row, "label": row["label"] if row["label"] == "entailment" else "non-entailment"}
+                                           for row in items])
+    examples = ftft.read(path, ftft.Examples([("", "")], None, NLI))
+    inputs = tokenizer([r["premise"] for r in items], [r["hypothesis"] for r in items], padding=True, return_tensors="pt")
+    chosen = ["X" if i == 1 else "not X" for i in model.eval()(**inputs).logits.argmax(1).tolist()]
+    gold = ["X" if row["label"] == "entailment" else "not X" for row in items]
+    result = measuring.score(model, tokenizer, examples, cfg)
+    assert result["accuracy"] == pytest.approx(np.mean([a == b for a, b in zip(chosen, gold)]))
+    f1 = [2 * sum(a == b == c for a, b in zip(chosen, gold)) / (chosen.count(c) + gold.count(c)) for c in ("X", "not X")]
+    assert result["macro_f1"] == pytest.approx(np.mean(f1))
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("how", ["ambiguous", "hard", "easy", "random"])
+def test_a_run_leaves_what_the_readme_lists(how, task, tmp_path, capsys):
+    out, name = tmp_path / "run", "ftft" if how == "ambiguous" else how
+    measuring.main([main([*task, "--select", how, "--out", str(out)]).out])
+    shown = capsys.readouterr().out
+    files = {"run.json", "selected.json", "results.json", "log.txt", "learning_curves.png", name}
+    assert {path.name for path in out.iterdir()} == files | ({"ref", "data_map.png"} if how != "random" else set())
+    chosen, phase = json.loads((out / "selected.json").read_text()), run_json(out)["phases"][name]
+    assert len(set(chosen["rows"])) == 24 and chosen["rows"] == sorted(chosen["rows"]) and phase["dev"]
+    result = json.loads((out / "results.json").read_text())[name]
+    items = [json.loads(line) for line in open(tmp_path / "same.jsonl")]
+    classify = transformers.pipeline("text-classification", str(out / name), device="cpu")
+    assert classify.model.dtype == torch.float32
+    answers = [classify({"text": row["premise"], "text_pair": row["hypothesis"]})["label"] for row in items]
+    assert result["id"]["same"]["accuracy"] == pytest.approx(np.mean([a == row["label"] for a, row in zip(answers, items)]))
+    measuring.main([str(out)])
+    assert capsys.readouterr().out.strip() in shown  # the same table, from disk
+
+
+def test_costs_count_real_tokens_and_the_reference(task, tmp_path, models):
+    cfg = main([*task, "--baselines", "erm", "random", "dm", "--out", str(tmp_path / "run")])
+    run, tokenizer = run_json(tmp_path / "run"), transformers.AutoTokenizer.from_pretrained(models[0])
+    tokens = sum(len(tokenizer(row["premise"], row["hypothesis"])["input_ids"]) for row in rows(48)) * cfg.epochs
+    assert run["phases"]["ref"]["tokens"] == run["phases"]["erm"]["tokens"] == tokens < run["phases"]["erm"]["padded_tokens"]
+    assert [run["phases"][name]["examples"] for name in ("ref", "erm")] == [3 * 48, 3 * 48]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "erm")
+    size = sum(p.numel() for name, p in model.named_parameters() if "embeddings.weight" not in name)
+    assert run["phases"]["erm"]["flops"] == 6 * size * tokens
+    flops = {name: phase["flops"] for name, phase in run["phases"].items()}
+    assert run["cost"] == pytest.approx({
+        "ftft": (flops["ref"] + flops["ftft"]) / flops["erm"], "erm": 1.0, "random": flops["random"] / flops["erm"],
+        "dm": (flops["erm"] + flops["dm"]) / flops["erm"]})
+
+
+def test_saved_dynamics_serve_another_run_and_only_on_the_same_rows(task, tmp_path, capsys):
+    main([*task, "--out", str(tmp_path / "a")])
+    reuse = ["--dynamics", str(tmp_path / "a" / "ref"), *task[2:]]
+    main([*reuse, "--out", str(tmp_path / "b")])
+    a, b = (json.loads((tmp_path / run / "selected.json").read_text()) for run in "ab")
+    assert a == b and run_json(tmp_path / "a")["cost"] == run_json(tmp_path / "b")["cost"]
+    weights = [(tmp_path / run / "ftft" / "model.safetensors").read_bytes() for run in "ab"]
+    assert weights[0] == weights[1]  # a phase does not depend on what ran before it
+    with pytest.raises(SystemExit) as stopped:
+        main([*reuse, "--limit", "47", "--out", str(tmp_path / "c")])
+    assert stopped.value.code == 2 and "another training set" in capsys.readouterr().err
+
+
+def test_early_stopping_keeps_the_best_weights_and_erm_runs_on(task, tmp_path):
+    cfg = main([*task, "--baselines", "erm", "--patience", "1", "--epochs", "12", "--out", str(tmp_path / "run")])
+    phases = run_json(tmp_path / "run")["phases"]
+    assert [step for step, _ in phases["erm"]["dev"]] == [6 * i for i in range(1, 13)]
+    scores = [score for _, score in phases["ftft"]["dev"]]
+    assert phases["ftft"]["steps"] == 6 * len(scores) < 72
+    assert scores[-1] <= scores[-2] and all(a < b for a, b in zip(scores[:-1], scores[1:-1]))
+    for name in ("ftft", "erm"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / name)
+        dev = measuring.score(model, tokenizer, ftft.read(str(tmp_path / "dev.tsv")), cfg)
+        assert dev["accuracy"] == max(score for _, score in phases[name]["dev"])
+
+
+def test_without_a_dev_set_a_third_of_erms_steps_is_trained(task, tmp_path):
+    i = task.index("--dev")
+    main([*task[:i], *task[i + 2:], "--out", str(tmp_path / "run")])
+    assert run_json(tmp_path / "run")["phases"]["ftft"]["steps"] == 6  # ERM's would be 3 epochs of 6
+
+
+def test_the_nli_files_of_their_authors_train_and_score(tmp_path, models):
+    data, sentences = tmp_path / "data", ("sentence1", "sentence2", "gold_label")
+    def table(path, names, n, form=str):
+        return write(data / path, [dict(zip(names, row.values())) | {names[2]: form(row["label"])} for row in rows(n)])
+    for part, n in (("train", 40), ("dev_matched", 9), ("dev_mismatched", 9)):
+        table(f"multinli_1.0/multinli_1.0_{part}.jsonl", sentences, n, lambda label: label if n > 9 else "-" if label[0] == "c" else label)
+    for r in "123":
+        for part in ("dev", "test"):
+            table(f"anli_v1.0/R{r}/{part}.jsonl", ("context", "hypothesis", "label"), 9, lambda label: label[0])
+    table("heuristics_evaluation_set.jsonl", sentences, 9, lambda label: label if label[0] == "e" else "non-entailment")
+    table("wanli/test.jsonl", ("premise", "hypothesis", "gold"), 9)
+    cfg = main(["--ref", models[0], "--main", models[1], "--data", str(data), "--batch-size", "8", "--epochs", "2",
+                     "--out", str(tmp_path / "run")])
+    measuring.main([cfg.out])
+    result = json.loads((tmp_path / "run" / "results.json").read_text())["ftft"]
+    assert {kind: list(sets) for kind, sets in result.items()} == {
+        "id": ["mnli_matched", "mnli_mismatched"], "ood": ["hans", "wanli"],
+        "adversarial": ["anli_r1", "anli_r2", "anli_r3"]}
+    assert result["id"]["mnli_matched"]["n"] < result["ood"]["hans"]["n"] == 9
+
+
+def test_the_hsd_files_of_their_authors_train_and_score(tmp_path, models):
+    single = [{"labels": NLI.index(row["label"]) % 2, "text": f"{row['hypothesis']} \"q\"", "uid": i} for i, row in enumerate(rows(40))]
+    names = [f"r{r}_{form}" for r in "234" for form in ("original", "perturbation")]
+    for path in ["cad/cad_uid.train", "cad/cad_uid.dev", *[f"dynahate/{n}.{part}" for n in names for part in ("dev", "test")]]:
+        write(tmp_path / "data" / path, single)
+    cfg = main(["--task", "hsd", "--data", str(tmp_path / "data"), "--ref", models[0], "--main", models[1], "--epochs", "2",
+                     "--batch-size", "8", "--out", str(tmp_path / "run")])
+    measuring.main([cfg.out])
+    result = json.loads((tmp_path / "run" / "results.json").read_text())["ftft"]
+    assert sorted(result["adversarial"]) == [f"dynahate_{name}" for name in names] and "cad_dev" in result["id"]
+
+
+def test_a_folder_laid_out_as_deberta_v3_on_the_hub_trains_in_float32(task, tmp_path):
+    folder = tmp_path / "deberta"
+    folder.mkdir()
+    corpus = [f"{row['premise']} {row['hypothesis']}" for row in rows(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(folder / "spm"), vocab_size=30, pad_id=0, unk_id=3, bos_id=1, eos_id=2,
+        pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2)
+    (folder / "spm.vocab").unlink()
+    config = transformers.DebertaV2Config(
+        vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, type_vocab_size=0,
+        relative_attention=True, max_relative_positions=-1, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
+        pos_att_type=["p2c", "c2p"], position_biased_input=False, pad_token_id=0)
+    (folder / "config.json").write_text(config.to_json_string())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "vocab_type": "spm"}))
+    stored = transformers.DebertaV2Model(config).half().state_dict()
+    torch.save({f"deberta.{name}": value for name, value in stored.items()}, folder / "pytorch_model.bin")
+    model, tokenizer = ftft.load(str(folder), NLI)
+    torch.testing.assert_close(model.deberta.embeddings.word_embeddings.weight,
+                               stored["embeddings.word_embeddings.weight"].float())
+    assert tokenizer.decode(tokenizer("red cat", "dog")["input_ids"]) == "[CLS] red cat[SEP] dog[SEP]"
+    main(["--main", str(folder), *task[:2], *task[4:], "--out", str(tmp_path / "run")])
+    classify = transformers.pipeline("text-classification", str(tmp_path / "run" / "ftft"), device="cpu")
+    assert classify.model.dtype == torch.float32 and classify("red cat")[0]["label"] in NLI
+
+
+# ---------------------------------------------------------------- bad input
+
+ONE = {"text": "red", "label": "a"}
+BAD = {  # what the training file holds, or which arguments are changed -> what the line must name
+    "missing file": ({"--train": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "empty file": ([], "labelled row"),
+    "not json": ("{'a': 1}\n", "line"),
+    "not utf-8": (b"\xff\xfe{}\n", "cannot be read"),
+    "no label column": ([{"text": "red"}], "label column"),
+    "no text column": ([{"words": "red", "label": "a"}], "text column"),
+    "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
+    "a text that is a number": ([ONE, {"text": 1, "label": "a"}], "line 2"),
+    "one class only": ([ONE] * 40, "one class"),
+    "only unlabelled rows": ([{"text": "red", "label": "-"}], "labelled row"),
+    "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "pairs"),
+    "a label unknown to training": ({"--test": "id=odd.jsonl"}, "line 2: the training set has no label other"),
+    "a test set without a kind": ({"--test": "odd.jsonl"}, "id=FILE"),
+    "two sets of one name": ({"--test": ["id=same.jsonl", "ood=same.jsonl"]}, "called same"),
+    "a fraction of zero": ({"--fraction": "0"}, "--fraction"),
+    "a fraction above one": ({"--fraction": "1.5"}, "--fraction"),
+    "a fraction below a batch": ({"--fraction": "0.1"}, "fewer than a batch"),
+    "one epoch": ({"--epochs": "1"}, "--epochs"),
+    "no reference": ({"--ref": None}, "--ref"),
+    "no main model": ({"--main": None}, "--main"),
+    "a training file without models": ({"--ref": None, "--main": None}, "--main"),
+    "an unknown task": ({"--train": None, "--task": "qa"}, "--task qa"),
+    "hsd from the Hub": ({"--train": None, "--task": "hsd"}, "--data"),
+    "an unknown option": ({"--frobnicate": "1"}, "--frobnicate"),
+    "a negative batch": ({"--batch-size": "-8"}, "--batch-size"),
+    "a model folder without config": ({"--main": "."}, "cannot load the model ."),
+    "no such model": ({"--ref": "./no/model"}, "./no/model"),
+    "no such dynamics": ({"--dynamics": "."}, "--dynamics"),
+    "a folder that exists": ({"--out": "."}, "--out"),
+    "an unknown kind of file": ({"--train": "notes.txt"}, "notes.txt"),
+    "an open quote": ({"--train": "open.csv"}, "open.csv"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line_and_exit_code_2(case, task, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    bad, named = BAD[case]
+    write(tmp_path / "odd.jsonl", [*rows(1), {**rows(1)[0], "label": "other"}])
+    (tmp_path / "open.csv").write_text('text,label\n"red,a\ngreen,b\n')
+    args, key = {"--out": ["run"]}, None
+    for word in task:
+        key = word if word.startswith("--") else key
+        args.setdefault(key, []).extend([] if word is key else [word])
+    if isinstance(bad, dict):
+        args |= {name: value if isinstance(value, list) else [value] for name, value in bad.items()}
+    else:
+        text = bad if isinstance(bad, (str, bytes)) else "".join(json.dumps(row) + "\n" for row in bad)
+        (tmp_path / "train.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main([word for name, values in args.items() if values != [None] for word in (name, *values)])
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and named in said, said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_what_was_saved(task, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*task, "--lr", "1e30", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "step 3" in said and "learning rate" in said
+    assert (tmp_path / "run" / "ref" / "dynamics.npz").exists() and list(run_json(tmp_path / "run")["phases"]) == ["ref"]
+    assert not (tmp_path / "run" / "ftft").exists()
+
+
+def test_a_run_that_did_not_finish_is_not_scored(task, tmp_path, capsys):
+    main([*task, "--out", str(tmp_path / "run")])
+    shutil.rmtree(tmp_path / "run" / "ftft")
+    run = run_json(tmp_path / "run")
+    ftft.write_json(tmp_path / "run" / "run.json", {**run, "cost": {}})
+    with pytest.raises(SystemExit) as stopped:
+        measuring.main([str(tmp_path / "run")])
+    assert stopped.value.code == 2 and "did not finish" in capsys.readouterr().err
