@@ -5,8 +5,8 @@
 
 The kinds of set, by an item each of the paper's NLI task:
 
-  ID           MultiNLI   premise     Your contribution helped make it possible for us to provide our students with
-                                      a quality education.
+  ID           MultiNLI   premise     Your contribution helped make it possible for us to provide our students
+                                      with a quality education.
                           hypothesis  Your contributions were of no help with our students' education.
                           label       contradiction
   OOD          HANS       premise     The doctors thanked the scientist.
@@ -22,11 +22,12 @@ What to expect of deberta-large trained on MultiNLI, in the paper's own numbers 
   ERM                           59.90     45.10     42.08   100
   FTFT, from deberta-small      59.38     45.80     42.38    51.97
 
-Each set is scored by itself; nothing is averaged across sets. A set labelled X / non-X is scored on these two,
-after the model has chosen among all of its classes.
+Each set is scored by itself; nothing is averaged across sets. A set labelled X / non-X is scored on these
+two, after the model has chosen among all of its classes.
 """
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 import matplotlib
@@ -60,7 +61,7 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
 
 
 def read_tests(cfg):
-    """The test sets of a run, {(kind, name): Examples}, and a line on each. --test replaces the task's own."""
+    """The test sets of a run, {(kind, name): Examples}, and a line on each. --test replaces the task's."""
     if cfg.task == "built-in":
         sets, _ = built_in()
         return {(kind, kind): sets[kind] for kind in KINDS}, []
@@ -78,24 +79,26 @@ def read_tests(cfg):
         examples = tests[kind, name] = read(source, training)
         twins = [row for row, text in enumerate(examples.texts) if text in known]
         shared = f"; {len(twins)} are also in the training set: rows {str(twins[:9])[1:-1]}" if twins else ""
-        lines.append(f"{kind} {name}: {len(examples.texts)} rows, {examples.dropped} more dropped as unlabelled"
-                     f"{shared}{', ..' * (len(twins) > 9)}")
+        shared += ", .." * (len(twins) > 9)
+        counts = f"{len(examples.texts)} rows, {examples.dropped} more dropped as unlabelled"
+        lines.append(f"{kind} {name}: {counts}{shared}")
     return tests, lines
 
 
 def score(model, tokenizer, examples, cfg):
     """Accuracy, macro-F1 and n of `model` on examples whose labels are numbered as the model's classes."""
     predicted = predict(model, encode(tokenizer, examples, cfg), cfg).argmax(1).numpy()
-    if len(examples.names) > model.config.num_labels:  # the last name is non-X: every class but X becomes that
+    if len(examples.names) > model.config.num_labels:  # the last name is non-X: any class but X becomes that
         x = examples.names.index(examples.names[-1].removeprefix("non-"))
         predicted = np.where(predicted == x, x, len(examples.names) - 1)
     return metrics(predicted, examples.labels)
 
 
 def score_run(folder):
-    """Score each model of a run on each test set; writes results.json last, after the figures and model cards."""
+    """Score each model of a run on each test set; writes results.json last, after figures and model cards."""
     run = json.loads((folder / "run.json").read_text())
-    cfg = Settings(**{**run["config"], "out": str(folder)})
+    here = run["config"]["device"] if torch.cuda.is_available() else "cpu"  # trained elsewhere, perhaps
+    cfg = Settings(**{**run["config"], "out": str(folder), "device": here})
     tests, lines = read_tests(cfg)
     for line in lines:
         say(cfg, line)
@@ -121,8 +124,8 @@ def write_card(folder, run, results):
     cfg, phase, name = run["config"], run["phases"][folder.name], folder.name
     scores = [f"| {KINDS[kind]} | {test} | {100 * r['accuracy']:.2f} | {100 * r['macro_f1']:.2f} | {r['n']} |"
               for kind, tests in results.items() for test, r in tests.items()]
-    flags = [f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-             for key, value in cfg.items() if value not in (None, [], ())]
+    flags = [shlex.join([f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])])
+             for key, value in cfg.items() if value not in (None, [])]
     cost = f", {run['cost'][name]:.2f} of ERM's cost, reference included" if name in run["cost"] else ""
     (folder / "README.md").write_text("\n".join([
         f"# {phase['model']}, fine-tuned on {cfg['train'] or cfg['task']} ({name})", "",
@@ -174,8 +177,8 @@ def table(runs):
                      spread([p["examples"] for p in phases], 0), spread([p["seconds"] for p in phases], 0)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     over = f", mean ± standard deviation over {len(runs)} runs" if len(runs) > 1 else ""
-    return [f"{metric.replace('_', '-')} in %{over}; cost relative to ERM, the reference's included; examples and "
-            "seconds of the method's own training",
+    return [f"{metric.replace('_', '-')} in %{over}; cost relative to ERM, the reference's included; "
+            "examples and seconds of the method's own training",
             *("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:]))])
               for first, *cells in rows)]
 
@@ -193,7 +196,7 @@ def planted_line(folders):
 
 
 def draw_data_map(folder, cfg, most=20_000):
-    """data_map.png: examples by variability and confidence, coloured by correctness, and where the cut was made."""
+    """data_map.png: examples by variability and confidence, coloured by correctness, and where the cut is."""
     path = Path(cfg.dynamics or folder / "ref") / "dynamics.npz"
     if not path.exists():
         return
@@ -209,7 +212,8 @@ def draw_data_map(folder, cfg, most=20_000):
     if chosen["select"] != "random":
         draw, side = {"ambiguous": (axes.axvline, "right of"), "hard": (axes.axhline, "below"),
                       "easy": (axes.axhline, "above")}[chosen["select"]]
-        draw(chosen["threshold"], color="crimson", label=f"kept: {side} the line, {len(chosen['rows']):,} rows")
+        label = f"kept: {side} the line, {len(chosen['rows']):,} rows"
+        draw(chosen["threshold"], color="crimson", label=label)
         axes.legend(loc="upper right")
     axes.set(xlabel="variability (standard deviation of p(gold) over epochs)", xlim=(0, None), ylim=(0, 1),
              ylabel="confidence (mean of p(gold) over epochs)",
@@ -219,7 +223,7 @@ def draw_data_map(folder, cfg, most=20_000):
 
 
 def draw_learning_curves(folder, run):
-    """learning_curves.png: dev score against cost, the reference's included; a cross where one stopped early."""
+    """learning_curves.png: dev score against cost, the reference's included; a cross at an early stop."""
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     for method in (m for m in METHODS if m in run["cost"] and run["phases"][m]["dev"]):
         phase = run["phases"][method]

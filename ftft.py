@@ -25,7 +25,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -89,14 +88,19 @@ BUILT_IN = dict(task="built-in", ref="built-in-2x64", main="built-in-4x128", bas
 def require(condition, message):
     """Where a user's input falls short: one line on stderr that says what to mend, and exit code 2."""
     if not condition:
-        print(f"ftft: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def settings(argv=None):
     """The command line as Settings, `auto` settled; what cannot work is refused here."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    logging.disable(logging.WARNING)  # of the libraries: their new heads and retries ask nothing of a user
+    transformers.utils.logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: require(False, message)
     for field in dataclasses.fields(Settings):
         more = {**field.metadata, **(dict(nargs="+") if field.type is tuple else dict(type=field.type))}
@@ -119,6 +123,10 @@ def settings(argv=None):
     require(cfg.epochs > 1 or not swings, f"--epochs {cfg.epochs}: p(gold) swings over 2 or more")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
+        require(False, f"--device {cfg.device}: cannot be used ({first_line(error)}); leave it out")
     if cfg.amp == "auto" and cfg.device.startswith("cuda"):
         cfg.amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return Settings(**{**vars(cfg), "amp": cfg.amp.replace("auto", "off")})
@@ -126,8 +134,8 @@ def settings(argv=None):
 
 # ---------------------------------------------------------------- data
 
-# The paper's tasks: training and dev sets on the Hub, and their authors' own files under --data; test sets are
-# in eval.py. As in the paper, weights are chosen on out-of-distribution dev data, which is not trained on.
+# The paper's tasks: training and dev sets on the Hub, and their authors' own files under --data; eval.py has
+# the test sets. As in the paper, weights are chosen on out-of-distribution dev data, which is not trained on.
 TASKS = {
     "nli": {"train": [("nyu-mll/multi_nli:train", "multinli_1.0/multinli_1.0_train.jsonl")],
             "dev": [(f"facebook/anli:dev_r{r}", f"anli_v1.0/R{r}/dev.jsonl") for r in (1, 2, 3)]},
@@ -148,27 +156,19 @@ class Examples:
     dropped: int = 0      # rows left out because they have no gold label: they are labelled - or -1
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def records(source):
     """Yield (line number, {column: value}) of a file, or of a data set on the Hub, as owner/name:split."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+:\w+", source):
-        path, split = source.split(":")
-        try:
-            table = datasets.load_dataset(path, split=split)
-        except Exception as error:  # whatever a network, the Hub or a cache can do
-            require(False, f"cannot get {source} from the Hub ({first_line(error)}); give a folder with "
-                           "--data, or run the built-in task: python ftft.py")
-        names = {name: kind.names for name, kind in table.features.items() if hasattr(kind, "names")}
-        for number, row in enumerate(table, 1):  # class numbers become names: every set numbers its own way
-            yield number, row | {k: v[row[k]] for k, v in names.items() if row[k] not in (None, -1)}
-        return
-    suffix, number = Path(source).suffix, 0
+    suffix, number, on_hub = Path(source).suffix, 0, ":" in source and not Path(source).exists()
     kinds = (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test")
-    require(suffix in kinds, f"{source}: is of no kind that is read here; give .jsonl, .csv or .tsv")
+    require(on_hub or suffix in kinds, f"{source}: is of no kind that is read here; give .jsonl, .csv or .tsv")
     try:
+        if on_hub:
+            path, split = source.split(":")
+            table = datasets.load_dataset(path, split=split)
+            names = {name: kind.names for name, kind in table.features.items() if hasattr(kind, "names")}
+            for number, row in enumerate(table, 1):  # class numbers become names: every set has its own order
+                yield number, row | {k: v[row[k]] for k, v in names.items() if row[k] not in (None, -1)}
+            return
         with open(source, encoding="utf-8-sig", newline="") as file:
             if suffix == ".jsonl":
                 rows = ((number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip())
@@ -179,9 +179,10 @@ def records(source):
                 rows = ((table.line_num, row) for row in table)
             for number, row in rows:
                 yield number, row
-    except (OSError, ValueError, csv.Error, RecursionError) as error:  # missing, not JSON, an open quote, ..
+    except Exception as error:  # no network, no such file, not JSON, a quote never closed, ..
         after = f" after line {number}" if number else ""
-        require(False, f"{source}: cannot be read{after} ({first_line(error)}); mend it or name another file")
+        remedy = "give a folder with --data, or run python ftft.py alone" if on_hub else "mend or replace it"
+        require(False, f"{source}: cannot be read{after} ({first_line(error)}); {remedy}")
 
 
 def read(source, like=None, limit=None):
@@ -216,8 +217,7 @@ def read(source, like=None, limit=None):
             break
     found = set(golds)
     require(found, f"{source}: has no labelled row; give a file with at least one")
-    names = sorted(found, key=lambda name: (int(name) if name.isdecimal() else 0, name))
-    names = like.names if like else names
+    names = like.names if like else sorted(found, key=lambda name: (len(name) * name.isdecimal(), name))
     merged = sorted(found - {*names})
     pair = {merged[0], merged[0].removeprefix("non-")} if merged else found
     require(found <= pair, f"{source}: labels must be {' and '.join(sorted(pair))} only")
@@ -253,8 +253,8 @@ def built_in():
     Four of them belong to places, each in 8 of 10 cases to the one visited, else to another; four belong to
     none. So no single word decides. Beside this rule stands a *shortcut*: the day, named first, agrees with
     the place in 90% of the training and ID texts, is random in the OOD test and always wrong in the
-    adversarial one. 3% of the training labels are wrong. A text reads "monday riverbell moonbird ..", its label
-    coast. Returns the sets {name: Examples}, and which training rows hold what is planted.
+    adversarial one. 3% of the training labels are wrong. A text reads "monday riverbell moonbird ..", its
+    label coast. Returns the sets {name: Examples}, and which training rows hold what is planted.
     """
     rng = np.random.default_rng(0)  # fixed: --seed varies the training, never the data
     days, places = np.array(["monday", "tuesday", "wednesday"]), ["coast", "forest", "village"]
@@ -290,7 +290,7 @@ def load(name, classes):
     refuses, and which bf16 autocast would go on training as fp16.
     """
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    if name.startswith("built-in-"):
+    if name in (BUILT_IN["ref"], BUILT_IN["main"]):
         layers, width = map(int, name.removeprefix("built-in-").split("x"))
         words = sorted({word for (text,) in built_in()[0]["train"].texts for word in text.split()})
         words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
@@ -302,10 +302,12 @@ def load(name, classes):
     try:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             path, dtype=torch.float32, ignore_mismatched_sizes=True, **labels)
-        return model, transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # no config.json, an unknown architecture, a broken file, no network, ..
         require(False, f"cannot load the model {name} ({first_line(error)}); give a short name, Hub id or a "
                        "folder with config.json, weights and tokenizer, or run just python ftft.py")
+    require(tokenizer.pad_token, f"the model {name} has no padding token; take an encoder such as bert-tiny")
+    return model, tokenizer
 
 
 def backbone_size(model):
@@ -544,8 +546,6 @@ def load_dynamics(folder, training):
 
 def main(cfg):
     """Train all that the settings ask for. Returns them with the run's folder and learning rate filled in."""
-    logging.disable(logging.WARNING)  # of the libraries: new heads and retries ask nothing of the user
-    transformers.utils.logging.disable_progress_bar()
     training, dev = load_task(cfg)
     n = len(training.labels)
     kept = round(cfg.fraction * n)
@@ -554,7 +554,7 @@ def main(cfg):
     ref_dynamics, ref_flops = load_dynamics(cfg.dynamics, training) if cfg.dynamics else (None, 0)
     for name in filter(None, (cfg.ref, cfg.main)):  # better found missing now than after days of training
         model, _ = load(name, training.names)
-    lr = cfg.lr or (1e-5 if backbone_size(model) > 200e6 else 2e-5)
+    lr = cfg.lr or (1e-5 if backbone_size(model) > 200e6 else 2e-5)  # of the main model, loaded last
     free = next(path for i in itertools.count(1) if not (path := Path(f"runs/{cfg.task}-{i}")).exists())
     cfg = dataclasses.replace(cfg, out=cfg.out or str(free), lr=lr)
     try:
