@@ -9,7 +9,7 @@ robust, and a far smaller model can find them (Du, Gatt and Nguyen, arXiv 2310.0
   3. keep `rows` (k,): the third of the examples whose p(gold) swings most
   4. fine-tune the large main model on those rows only, for fewer steps
 
-  python ftft.py                                            # built-in task, offline, 64 s on two CPU cores
+  python ftft.py                                            # built-in task, offline, 70 s on two CPU cores
   python ftft.py --ref deberta-small --main deberta-large   # the paper: MultiNLI, then HANS, WANLI and ANLI
 
 An example has one name for life, its row in the training list: `dynamics[:, row]`, `variability[row]` and the
@@ -160,7 +160,7 @@ def records(source):
     """Yield (line number, {column: value}) of a file, or of a data set on the Hub, as owner/name:split."""
     suffix, number, on_hub = Path(source).suffix, 0, ":" in source and not Path(source).exists()
     kinds = (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test")
-    require(on_hub or suffix in kinds, f"{source}: is of no kind that is read here; give .jsonl, .csv or .tsv")
+    require(on_hub or suffix in kinds, f"{source}: is of no kind that is read; give .jsonl, .csv or .tsv")
     try:
         if on_hub:
             path, split = source.split(":")
