@@ -2,8 +2,9 @@
 import csv
 import json
 import math
-import shutil
+import statistics
 
+import datasets
 import numpy as np
 import pytest
 import sentencepiece
@@ -28,14 +29,13 @@ def rows(n, seed=0):
 
 def write(path, items):
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    else:
-        with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, list(items[0]), delimiter="," if path.suffix == ".csv" else "\t")
-            if path.suffix in (".csv", ".tsv"):
-                table.writeheader()
-            table.writerows(items)
+    with open(path, "w", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(item) + "\n" for item in items)
+        else:
+            table = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t")
+            table.writerows([items[0]] * (path.suffix in (".csv", ".tsv")))  # the header: its keys
+            table.writerows(item.values() for item in items)
     return str(path)
 
 
@@ -156,15 +156,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
     assert torch.equal(dynamics(1), dynamics(1)) and not torch.equal(dynamics(1), dynamics(2))
 
 
-def test_the_learning_rate_starts_and_ends_at_zero():
+def test_the_learning_rate_rises_from_zero_and_falls_to_zero():
     model, tokenizer = tiny()
-    cfg, changes = settings(), []
-    before = model.classifier.weight.detach().clone()
-    for _ in ftft.train(model, encoded(tokenizer, rows(20), cfg), torch.arange(20), 30, 0.01, cfg):
-        changes.append((model.classifier.weight - before).abs().max().item())
-        before = model.classifier.weight.detach().clone()
-    assert changes[0] == 0 and changes[3] > changes[1] > 0  # warm-up of 3 steps
-    assert changes[-1] < changes[3] / 4                    # the last step has 1/27 of the full rate
+    data, weight = encoded(tokenizer, rows(20), settings()), model.classifier.weight
+    seen = [weight.detach().clone() for _ in ftft.train(model, data, torch.arange(20), 30, 0.01, settings())]
+    seen = [tiny()[0].classifier.weight, *seen]
+    first, second, *_, last = [(after - before).abs().max() for before, after in zip(seen, seen[1:])]
+    assert first == 0 and 0.002 < second < 0.005 and last < 0.001  # of 0.01: 0/3, 1/3 and 1/27
 
 
 def test_fp16_overflow_skips_the_step_and_the_schedule_waits():
@@ -225,7 +223,8 @@ def test_predicting_drops_nothing_out_and_leaves_the_model_in_its_mode(training)
     model.train(training)
     logits = ftft.predict(model, encoded(tokenizer, rows(20), settings()), settings())
     assert model.training == training
-    torch.testing.assert_close(logits, model.eval()(**tokenize(tokenizer, rows(20))).logits, atol=1e-5, rtol=1e-4)
+    expected = model.eval()(**tokenize(tokenizer, rows(20))).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- data map and selection
@@ -333,6 +332,18 @@ def test_unlabelled_rows_are_dropped_and_counted_and_later_rows_renumbered(tmp_p
     assert (read.texts, read.labels.tolist(), read.dropped) == ([("0",), ("2",), ("5",)], [0, 1, 0], 3)
 
 
+def test_a_hub_data_set_goes_by_its_label_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # where a folder owner/name stands for the Hub's data set of that name
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    table = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 2, -1, 1]})
+    table = table.cast_column("label", datasets.ClassLabel(names=["neutral", "entailment", "contradiction"]))
+    table.to_parquet("owner/name/test.parquet")
+    read = ftft.read("owner/name:test")
+    assert [read.names[i] for i in read.labels] == ["neutral", "contradiction", "entailment"]
+    assert read.dropped == 1 and read.texts == [("a",), ("b",), ("d",)]
+
+
 def test_the_built_in_task_is_what_its_docstring_says():
     sets, planted = ftft.built_in()
     agreement = {}
@@ -376,6 +387,23 @@ def test_a_set_labelled_x_and_non_x_merges_the_other_classes(tmp_path):
     f1 = [2 * sum(a == b == c for a, b in zip(chosen, gold)) / (chosen + gold).count(c)
           for c in ("X", "not X")]
     assert result["macro_f1"] == pytest.approx(np.mean(f1))
+
+
+def test_the_table_gives_mean_and_sample_deviation_over_runs():
+    accuracies, phase = [0.5, 0.6, 0.8], {"examples": 10, "seconds": 1.0}
+    run = {"config": {"task": "custom"}, "cost": {"erm": 1.0}, "phases": {"erm": phase}}
+    runs = [(run, {"erm": {"id": {"x": {"accuracy": a}}, "ood": {}, "adversarial": {}}}) for a in accuracies]
+    row = next(line for line in measuring.table(runs) if line.startswith("erm"))
+    percent = [100 * a for a in accuracies]
+    assert f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}" in row
+
+
+def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
+    items = rows(30)
+    train, test = write(tmp_path / "train.csv", items), write(tmp_path / "test.csv", rows(5, 9) + items[3:5])
+    _, lines = measuring.read_tests(ftft.settings(
+        ["--ref", "r", "--main", "m", "--train", train, "--test", f"ood={test}"]))
+    assert len(lines) == 1 and "2 are also in the training set: rows 5, 6" in lines[0]
 
 
 # ---------------------------------------------------------------- whole runs
@@ -589,11 +617,9 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_what_was_saved(task, 
     assert not (tmp_path / "run" / "ftft").exists()
 
 
-def test_a_run_that_did_not_finish_is_not_scored(task, tmp_path, capsys):
-    main([*task, "--out", str(tmp_path / "run")])
-    shutil.rmtree(tmp_path / "run" / "ftft")
-    run = run_json(tmp_path / "run")
-    ftft.write_json(tmp_path / "run" / "run.json", {**run, "cost": {}})
+def test_a_run_that_did_not_finish_is_not_scored(tmp_path, capsys):
+    run = {"config": {"select": "ambiguous", "baselines": ["erm"]}, "cost": {"ftft": 0.5}, "phases": {}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
     with pytest.raises(SystemExit) as stopped:
-        measuring.main([str(tmp_path / "run")])
+        measuring.main([str(tmp_path)])
     assert stopped.value.code == 2 and "did not finish" in capsys.readouterr().err
