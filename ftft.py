@@ -115,6 +115,7 @@ def settings(argv=None):
     require(cfg.data or cfg.task != "hsd", "--task hsd: needs --data DIR, a folder with cad/ and dynahate/")
     require(cfg.main, "--main is missing: name the model to train, such as deberta-large")
     require(cfg.ref or cfg.dynamics or not uses_ref, "--ref is missing: name one, or give --dynamics")
+    require(abs(cfg.seed) < 2**32, f"--seed {cfg.seed}: take one below 2^32")
     require(0 < cfg.fraction <= 1, f"--fraction {cfg.fraction}: take a share above 0 and at most 1")
     for name, value in vars(cfg).items():
         positive = name == "seed" or not isinstance(value, (int, float)) or 0 < value < math.inf
@@ -124,7 +125,7 @@ def settings(argv=None):
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=cfg.device)
+        torch.zeros(1, device=cfg.device).item()
     except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
         require(False, f"--device {cfg.device}: cannot be used ({first_line(error)}); leave it out")
     if cfg.amp == "auto" and cfg.device.startswith("cuda"):
@@ -477,7 +478,7 @@ def fine_tune(name, model_name, rows, steps, lr, training, dev, cfg, run, patien
     model, tokenizer = load(model_name, training.names)
     model.to(cfg.device)
     data, *dev = [encode(tokenizer, examples, cfg) for examples in (training, *dev)]
-    points = {round(steps * i / 12) for i in range(1, 13)} if dev else set()
+    points = {math.ceil(steps * i / 12) for i in range(1, 13)} if dev else set()
     metric = "macro_f1" if cfg.task == "hsd" else "accuracy"
     shape = (cfg.epochs, len(data.lengths), len(training.names))
     dynamics = torch.full(shape, math.nan, device=cfg.device) if log else None  # NaN: not visited yet
