@@ -3,7 +3,7 @@
   python eval.py runs/a              # score the run's models, if that is still to do, and show its table
   python eval.py runs/a runs/b       # several seeds of one setting: mean ± standard deviation over the runs
 
-The kinds of set, by an item each of the paper's NLI task:
+The kinds of set, by an item each of the NLI task:
 
   ID           MultiNLI   premise     Your contribution helped make it possible for us to provide our students
                                       with a quality education.
@@ -16,11 +16,11 @@ The kinds of set, by an item each of the paper's NLI task:
                           hypothesis  a sentence that a person wrote to mislead a trained model
                           label       entailment, neutral or contradiction
 
-What to expect of deberta-large trained on MultiNLI, in the paper's own numbers (accuracy; cost, ERM = 100):
+What to expect of deberta-large trained on MultiNLI, in the paper's own numbers (accuracy; cost of ERM = 1):
 
-  method                      ANLI R1   ANLI R2   ANLI R3    cost
-  ERM                           59.90     45.10     42.08   100
-  FTFT, from deberta-small      59.38     45.80     42.38    51.97
+  method                      ANLI R1   ANLI R2   ANLI R3     cost
+  ERM                           59.90     45.10     42.08   1.0000
+  FTFT, from deberta-small      59.38     45.80     42.38   0.5197
 
 Each set is scored by itself; nothing is averaged across sets. A set labelled X / non-X is scored on these
 two, after the model has chosen among all of its classes.
@@ -69,16 +69,17 @@ def read_tests(cfg):
     given = [test.partition("=")[::2] for test in cfg.test]
     for kind, path in given:
         require(kind in KINDS and path, f"--test {kind}: write id=FILE, ood=FILE or adversarial=FILE")
-    wanted = [(kind, Path(path).stem, path) for kind, path in given] or [
-        (kind, name, str(Path(cfg.data) / file) if cfg.data else hub)
-        for kind, name, hub, file in TESTS.get(cfg.task, [])]
+    wanted = [(kind, Path(path).stem, path) for kind, path in given]
+    if not wanted:
+        wanted = [(kind, name, str(Path(cfg.data) / file) if cfg.data else hub)
+                  for kind, name, hub, file in TESTS.get(cfg.task, [])]
     tests, lines, known = {}, [], set(training.texts)
     for kind, name, source in wanted:
         require(name not in [other for _, other in tests],
                 f"--test {source}: results go by name, and another set is called {name}; rename the file")
         examples = tests[kind, name] = read(source, training)
         twins = [row for row, text in enumerate(examples.texts) if text in known]
-        shared = f"; {len(twins)} are also in the training set: rows {str(twins[:9])[1:-1]}" if twins else ""
+        shared = f"; {len(twins)} also in the training set: its rows {str(twins[:9])[1:-1]}" * bool(twins)
         shared += ", .." * (len(twins) > 9)
         counts = f"{len(examples.texts)} rows, {examples.dropped} more dropped as unlabelled"
         lines.append(f"{kind} {name}: {counts}{shared}")
@@ -231,7 +232,7 @@ def draw_learning_curves(folder, run):
         own = phase["flops"] / phase["erm_flops"]
         cost = run["cost"][method] - own + own * steps / phase["steps"]
         curve, = axes.plot(cost, 100 * scores, marker=".", label=method)
-        if len(steps) < 12:
+        if phase["steps"] < phase["budget"]:
             axes.plot(cost[-1], 100 * scores[-1], marker="x", markersize=10, color=curve.get_color())
     if axes.lines:
         axes.set(xlabel="cost relative to ERM", ylabel="mean dev score (%)")
@@ -248,10 +249,11 @@ def main(argv=None):
     folders = parser.parse_args(argv).runs
     transformers.utils.logging.disable_progress_bar()
     runs = [load_run(folder) for folder in folders]
-    for folder, (run, results) in zip(folders, runs):
-        sets = [sorted(tests) for tests in next(iter(results.values())).values()]
-        same = sets == [sorted(tests) for tests in next(iter(runs[0][1].values())).values()]
-        require(same, f"{folder}: was scored on other sets than {folders[0]}; show them one by one")
+    first = runs[0][0]["config"]
+    for folder, (run, _) in zip(folders, runs):
+        unlike = [key for key, value in run["config"].items()
+                  if key not in ("seed", "out", "device", "dynamics") and value != first.get(key)]
+        require(not unlike, f"{folder}: differs from {folders[0]} in {', '.join(unlike)}; show it alone")
     print("", *table(runs), sep="\n")
     if all(run["config"]["task"] == "built-in" for run, _ in runs):
         print(planted_line(folders))

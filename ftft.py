@@ -10,7 +10,7 @@ robust, and a far smaller model can find them (Du, Gatt and Nguyen, arXiv 2310.0
   4. fine-tune the large main model on those rows only, for fewer steps
 
   python ftft.py                                            # built-in task, offline, 70 s on two CPU cores
-  python ftft.py --ref deberta-small --main deberta-large   # the paper: MultiNLI, then HANS, WANLI and ANLI
+  python ftft.py --ref deberta-small --main deberta-large   # MultiNLI, then HANS, WANLI and ANLI
 
 An example has one name for life, its row in the training list: `dynamics[:, row]`, `variability[row]` and the
 numbers in selected.json speak of the same example, whichever model and tokenizer is at work.
@@ -46,11 +46,11 @@ def option(default, help, **more):
 @dataclasses.dataclass(frozen=True)
 class Settings:
     # the method
-    ref: str = option(None, "reference model: a short name (deberta-small, bert-tiny, ..), Hub id or folder")
+    ref: str = option(None, "reference: a short name (deberta-small, bert-tiny, ..), Hub id or folder")
     main: str = option(None, "main model, likewise")
     dynamics: str = option(None, "instead of --ref: an earlier reference to reuse, such as runs/a/ref")
-    select: str = option("ambiguous", "rows to keep", choices=["ambiguous", "hard", "easy", "random"])
-    fraction: float = option(0.33, "share of the training rows to keep")
+    select: str = option("ambiguous", "default: ambiguous", choices=["ambiguous", "hard", "easy", "random"])
+    fraction: float = option(0.33, "share of the training rows to keep (default: 0.33)")
     baselines: tuple = option((), "train these as well", choices=["erm", "random", "hard", "easy", "dm"])
     # the data
     task: str = option(None, "nli (MultiNLI to HANS, WANLI and ANLI), hsd (CAD to DynaHate) or built-in")
@@ -63,13 +63,13 @@ class Settings:
     # the training
     epochs: int = option(4, "epochs of the reference model and of ERM (default: 4)")
     steps: int = option(None, "budget of the other models (default: ERM's; a third of it without dev sets)")
-    patience: int = option(2, "stop after N evaluations without a rise, of 12 in a budget; ERM never stops")
+    patience: int = option(2, "stop after N of the 12 evaluations without a rise (default: 2); never ERM")
     batch_size: int = option(32, "rows a step (default: 32)")
-    grad_accum: int = option(1, "work through each batch in N pieces, to save memory; the result is the same")
-    lr: float = option(None, "learning rate of main models (default: 2e-5; over 200M parameters 1e-5)")
+    grad_accum: int = option(1, "work through each batch in N pieces: less memory, the same gradient")
+    lr: float = option(None, "of main models (default: 2e-5; from 200M parameters beside embeddings 1e-5)")
     ref_lr: float = option(2e-5, "learning rate of the reference model (default: 2e-5)")
     max_length: int = option(300, "tokens after which an input is cut (default: 300)")
-    seed: int = option(0, "of new weights, the order of rows, dropout and random selection")
+    seed: int = option(0, "seed of new weights, order of rows, dropout and random selection (default: 0)")
     device: str = option("auto", "cuda, cpu, ..; auto takes a GPU if there is one")
     amp: str = option("auto", "mixed precision; auto: bf16 where the GPU has it, else fp16; off on a CPU",
                       choices=["auto", "bf16", "fp16", "off"])
@@ -106,20 +106,24 @@ def settings(argv=None):
         more = {**field.metadata, **(dict(nargs="+") if field.type is tuple else dict(type=field.type))}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **more)
     cfg = parser.parse_args(argv)
-    if not any([cfg.ref, cfg.main, cfg.dynamics, cfg.task, cfg.data, cfg.train, cfg.dev, cfg.test]):
+    named = cfg.ref or cfg.main or cfg.dynamics or cfg.data or cfg.train or cfg.dev or cfg.test
+    if cfg.task == "built-in" or not (named or cfg.task):
         parser.set_defaults(**BUILT_IN)
         cfg = parser.parse_args(argv)
+    own = cfg.data or cfg.train or cfg.dev or cfg.test or cfg.limit
+    require(cfg.task != "built-in" or not own, "--task built-in has its own data; leave out other data")
     cfg.task = "custom" if cfg.train else cfg.task or "nli"
     uses_ref = cfg.select != "random" or {"hard", "easy"} & {*cfg.baselines}
-    require(cfg.task in ("custom", "built-in", *TASKS), f"--task {cfg.task}: choose {' or '.join(TASKS)}")
+    require(cfg.train or cfg.task in ("built-in", *TASKS), f"--task {cfg.task}: unknown; see --help")
     require(cfg.data or cfg.task != "hsd", "--task hsd: needs --data DIR, a folder with cad/ and dynahate/")
     require(cfg.main, "--main is missing: name the model to train, such as deberta-large")
     require(cfg.ref or cfg.dynamics or not uses_ref, "--ref is missing: name one, or give --dynamics")
     require(abs(cfg.seed) < 2**32, f"--seed {cfg.seed}: take one below 2^32")
-    require(0 < cfg.fraction <= 1, f"--fraction {cfg.fraction}: take a share above 0 and at most 1")
+    require(not cfg.out or not Path(cfg.out).exists(), f"--out {cfg.out}: exists; name another folder")
+    require(0 < cfg.fraction <= 1, f"--fraction {cfg.fraction}: take a share such as 0.33")
     for name, value in vars(cfg).items():
-        positive = name == "seed" or not isinstance(value, (int, float)) or 0 < value < math.inf
-        require(positive, f"--{name.replace('_', '-')} {value}: must be above 0")
+        if isinstance(value, (int, float)) and name != "seed":
+            require(0 < value < math.inf, f"--{name.replace('_', '-')} {value}: must be above 0")
     swings = "dm" in cfg.baselines or cfg.select == "ambiguous" and not cfg.dynamics
     require(cfg.epochs > 1 or not swings, f"--epochs {cfg.epochs}: p(gold) swings over 2 or more")
     if cfg.device == "auto":
@@ -182,7 +186,7 @@ def records(source):
                 yield number, row
     except Exception as error:  # no network, no such file, not JSON, a quote never closed, ..
         after = f" after line {number}" if number else ""
-        remedy = "give a folder with --data, or run python ftft.py alone" if on_hub else "mend or replace it"
+        remedy = "give a folder by --data, or run python ftft.py alone" if on_hub else "mend it or the path"
         require(False, f"{source}: cannot be read{after} ({first_line(error)}); {remedy}")
 
 
@@ -203,21 +207,24 @@ def read(source, like=None, limit=None):
             require(gold, f"{source}: has no label column; name it {' or '.join(GOLD_COLUMNS)}")
             require(not like or len(columns) == len(like.texts[0]), f"{source}: mixes pairs and single texts")
         text, label = tuple(row.get(name) for name in columns), row.get(gold)
+        label = str(label).strip() if isinstance(label, (str, int)) else ""
         require(all(isinstance(part, str) for part in text), f"{where}: {' and '.join(columns)} must be text")
-        require(isinstance(label, (str, int)) and label != "", f"{where}: {gold} must be text or an integer")
-        label = str(label).strip()
+        require(label, f"{where}: {gold} must be text or an integer, - if there is none")
         if label in ("-", "-1"):
             dropped += 1
             continue
-        label = SHORT_LABELS.get(label, label) if len(columns) == 2 else label
+        if like and label not in like.names:
+            label = SHORT_LABELS.get(label, label)
         known = not like or label in like.names or label.removeprefix("non-") in like.names
         require(known, f"{where}: the training set has no label {label}; mend or remove the row")
         texts.append(text)
         golds.append(label)
         if len(golds) == limit:
             break
-    found = set(golds)
-    require(found, f"{source}: has no labelled row; give a file with at least one")
+    require(golds, f"{source}: has no labelled row; give a file with at least one")
+    if not like and {*golds} <= {*SHORT_LABELS}:
+        golds = [SHORT_LABELS[label] for label in golds]
+    found = {*golds}  # integers are numbered by size; of X / non-X, non-X comes after the classes
     names = like.names if like else sorted(found, key=lambda name: (len(name) * name.isdecimal(), name))
     merged = sorted(found - {*names})
     pair = {merged[0], merged[0].removeprefix("non-")} if merged else found
@@ -266,13 +273,13 @@ def built_in():
 
     def draw(n, agreement, wrong=0.0):
         place = rng.integers(3, size=n)
-        other = (place + rng.integers(1, 3, size=(6, n))) % 3                       # (6, n), never the place
-        owner = np.where(rng.random((4, n)) < 0.8, place, other[:4])                # (4, n)
+        *elsewhere, false_day, mistake = (place + rng.integers(1, 3, size=(6, n))) % 3  # (n,) each, not place
+        owner = np.where(rng.random((4, n)) < 0.8, place, elsewhere)                # (4, n)
         owner = np.concatenate([owner, np.full((4, n), 3)]).T                       # (n, 8); 3 for none
         seen = things[rng.permuted(150 * owner + rng.integers(150, size=(n, 8)), axis=1)]
-        day, mislabelled = np.where(rng.random(n) < agreement, place, other[4]), rng.random(n) < wrong
+        day, mislabelled = np.where(rng.random(n) < agreement, place, false_day), rng.random(n) < wrong
         texts = [(" ".join(words),) for words in np.column_stack([days[day], seen])]
-        labels = torch.from_numpy(np.where(mislabelled, other[5], place))
+        labels = torch.from_numpy(np.where(mislabelled, mistake, place))
         planted = {"shortcut-breaking": day != place, "mislabelled": mislabelled}
         return Examples(texts, labels, places), planted
 
@@ -285,7 +292,8 @@ def built_in():
 
 
 def load(name, classes):
-    """The pretrained model `name` with a classification head for `classes`, and its tokenizer.
+    """The pretrained model `name` with a classification head for `classes`, and its tokenizer. The head is
+    new, unless the checkpoint has one for as many classes.
 
     Weights are float32 whatever the checkpoint holds: DeBERTa-v3's are fp16, whose gradients GradScaler
     refuses, and which bf16 autocast would go on training as fp16.
@@ -305,8 +313,8 @@ def load(name, classes):
             path, dtype=torch.float32, ignore_mismatched_sizes=True, **labels)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # no config.json, an unknown architecture, a broken file, no network, ..
-        require(False, f"cannot load the model {name} ({first_line(error)}); give a short name, Hub id or a "
-                       "folder with config.json, weights and tokenizer, or run just python ftft.py")
+        require(False, f"cannot load the model {name} ({first_line(error)}); give a short name, a Hub "
+                       "id or a folder with config.json, weights and tokenizer, or run python ftft.py alone")
     require(tokenizer.pad_token, f"the model {name} has no padding token; take an encoder such as bert-tiny")
     return model, tokenizer
 
@@ -453,7 +461,7 @@ def select(how, fraction, seed, labels, dynamics=None):
                  "hard": -statistics["confidence"],       # p(gold) stays low
                  "easy": statistics["confidence"]}[how]   # p(gold) stays high
     rows = score.argsort(descending=True, stable=True)[:round(fraction * len(labels))]
-    return rows.sort().values, abs(score[rows[-1]].item())
+    return rows.sort().values, abs(score[rows[-1]].item())  # abs: hard is scored by minus confidence
 
 
 # ---------------------------------------------------------------- the run
@@ -486,15 +494,14 @@ def fine_tune(name, model_name, rows, steps, lr, training, dev, cfg, run, patien
     count, seconds, began = collections.Counter(), 0.0, time.perf_counter()
     bar = tqdm(total=steps, desc=name, unit="step", disable=None, leave=False)  # None: on a terminal only
     for step, (batch, padded, loss) in enumerate(train(model, data, rows, steps, lr, cfg, dynamics), 1):
-        tokens = data.lengths[batch].sum().item()
-        count.update(steps=1, examples=len(batch), tokens=tokens, padded_tokens=padded)
+        count.update(steps=1, examples=len(batch), padded_tokens=padded)
+        count["tokens"] += data.lengths[batch].sum().item()
         losses[step - 1] = loss
         bar.update()
         if step % 50 and step != steps and step not in points:
             continue  # only now and then does the host wait for the device, to look at its numbers
-        finite = losses[:step].isfinite().cumprod(0).sum().item()
-        require(finite == step, f"{name}: the loss is not a number at step {finite + 1}; lower the learning "
-                                f"rate or take --amp off ({cfg.out} keeps the phases that were finished)")
+        finite = losses[:step].isfinite().cumprod(0).sum().item()  # steps before the first that is not
+        require(finite == step, f"{name}: loss not finite at step {finite + 1}; lower its learning rate")
         seconds += time.perf_counter() - began
         mean = losses[:step][-50:].mean()
         bar.set_postfix_str(f"loss {mean:.3f}, {count['examples'] / seconds:.0f} examples/s")
@@ -510,12 +517,13 @@ def fine_tune(name, model_name, rows, steps, lr, training, dev, cfg, run, patien
     bar.close()
     model.load_state_dict(best or model.state_dict())
     per_token = 6 * backbone_size(model)  # a multiplication and an addition, forward once and backward twice
+    flops, tokens = per_token * count["tokens"], data.lengths.sum().item()
     run["phases"][name] = {
-        "model": model_name, "lr": lr, **count, "flops": per_token * count["tokens"], "seconds": seconds,
+        "model": model_name, "lr": lr, "budget": steps, **count, "flops": flops, "seconds": seconds,
         "examples_per_second": count["examples"] / seconds, "dev": [*map(list, zip(sorted(points), scores))],
-        "erm_flops": per_token * data.lengths.sum().item() * cfg.epochs}  # ERM's, with this model
+        "erm_flops": per_token * tokens * cfg.epochs}  # what ERM would cost with this model
     dynamics = dynamics.cpu() if log else None
-    save(Path(cfg.out) / name, model, tokenizer, training, dynamics, per_token * count["tokens"])
+    save(Path(cfg.out) / name, model, tokenizer, training, dynamics, flops)
     write_json(Path(cfg.out) / "run.json", run)
     say(cfg, f"{name}: {step} steps, {count['examples']:,} examples, {seconds:.0f} s")
     return dynamics
@@ -550,8 +558,7 @@ def main(cfg):
     training, dev = load_task(cfg)
     n = len(training.labels)
     kept = round(cfg.fraction * n)
-    require(kept >= cfg.batch_size, f"--fraction {cfg.fraction}: {kept} of {n} rows are fewer than a batch; "
-                                    f"keep more, or take a --batch-size below {cfg.batch_size}")
+    require(kept >= cfg.batch_size, f"--fraction {cfg.fraction}: keeps {kept} rows, fewer than a batch")
     ref_dynamics, ref_flops = load_dynamics(cfg.dynamics, training) if cfg.dynamics else (None, 0)
     for name in filter(None, (cfg.ref, cfg.main)):  # better found missing now than after days of training
         model, _ = load(name, training.names)
@@ -570,18 +577,18 @@ def main(cfg):
 
     method = "ftft" if cfg.select == "ambiguous" else cfg.select
     methods = list(dict.fromkeys([method, *["erm"] * ("dm" in cfg.baselines), *cfg.baselines]))
-    everything, whole = torch.arange(n), cfg.epochs * math.ceil(n / cfg.batch_size)
-    budget = cfg.steps or (whole if dev else max(1, round(whole / 3)))
+    all_rows, erm_steps = torch.arange(n), cfg.epochs * math.ceil(n / cfg.batch_size)
+    budget = cfg.steps or (erm_steps if dev else max(1, round(erm_steps / 3)))
     common = training, dev, cfg, run
     # 1. Fine-tune the reference on everything, logging its training dynamics.
     if ref_dynamics is None and {"ftft", "hard", "easy"} & {*methods}:
-        ref_dynamics = fine_tune("ref", cfg.ref, everything, whole, cfg.ref_lr, *common, log=True)
+        ref_dynamics = fine_tune("ref", cfg.ref, all_rows, erm_steps, cfg.ref_lr, *common, log=True)
         ref_flops = run["phases"]["ref"]["flops"]
     for name in methods:
         if name == "erm":  # plain fine-tuning of the main model, which makes it its own reference for dm
-            dm_dynamics = fine_tune("erm", cfg.main, everything, whole, lr, *common, log=True)
+            dm_dynamics = fine_tune("erm", cfg.main, all_rows, erm_steps, lr, *common, log=True)
         else:
-            # 2. and 3. Draw the data map and keep a third of the rows.
+            # 2. and 3. Draw the data map and keep the rows that it favours.
             how = {"ftft": "ambiguous", "dm": "ambiguous"}.get(name, name)
             dynamics = dm_dynamics if name == "dm" else ref_dynamics
             rows, threshold = select(how, cfg.fraction, cfg.seed, training.labels, dynamics)
@@ -598,7 +605,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    import eval  # measuring is a program of its own: python eval.py RUN
+    import eval  # not Python's eval but eval.py: measuring is a program of its own
     wanted = settings()
     eval.read_tests(wanted)  # first, so that a bad test file is not found out after days of training
     eval.main([main(wanted).out])

@@ -1,4 +1,5 @@
 """What ftft.py and eval.py promise, checked by independent routes: python -m pytest (CPU, offline)."""
+import collections
 import csv
 import json
 import math
@@ -136,14 +137,13 @@ def test_each_cell_of_the_dynamics_is_written_once_an_epoch():
     model, tokenizer = tiny(0.1)
     cfg = settings()
     data, dynamics = encoded(tokenizer, rows(20), cfg), torch.full((2, 20, 3), math.nan)
-    steps = ftft.train(model, data, torch.arange(20), 6, 0.01, cfg, dynamics)
-    for step, (batch, padded, _) in enumerate(steps):
-        before, now = seen.clone() if step else torch.zeros(2, 20, dtype=bool), ~dynamics.isnan().any(-1)
-        seen, written = now, torch.zeros(2, 20, dtype=bool)
-        written[step // 3, batch] = True
-        assert not (before & written).any() and torch.equal(before | written, now)
+    written = torch.zeros(2, 20, dtype=torch.int)
+    loop = ftft.train(model, data, torch.arange(20), 6, 0.01, cfg, dynamics)
+    for step, (batch, padded, _) in enumerate(loop):
+        written[step // 3, batch] += 1
+        assert torch.equal(written > 0, ~dynamics.isnan().any(-1))
         assert padded == len(batch) * data.lengths[batch].max()
-    assert seen.all()
+    assert (written == 1).all()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
@@ -191,16 +191,13 @@ def test_fp16_overflow_skips_the_step_and_the_schedule_waits():
 def test_bf16_autocast_learns_with_float32_weights():
     model, tokenizer = tiny()
     cfg = settings("--amp", "bf16")
-    data, dynamics = encoded(tokenizer, rows(32), cfg), torch.full((60, 32, 3), math.nan)
-    exact = tiny()[0](**ftft.collate(data, torch.arange(32))).logits
-    steps = ftft.train(model, data, torch.arange(32), 240, 0.01, cfg, dynamics)
-    losses = [loss.item() for _, _, loss in steps]
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and dynamics.dtype == torch.float32
+    data = encoded(tokenizer, rows(32), cfg)
+    losses = [loss.item() for _, _, loss in ftft.train(model, data, torch.arange(32), 240, 0.01, cfg)]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) / 2
     in_bf16, in_float32 = ftft.predict(model, data, cfg), ftft.predict(model, data, settings())
     assert not torch.equal(in_bf16, in_float32)
-    assert np.mean(losses[-4:]) < np.mean(losses[:4]) / 2
-    first = dynamics[0][(dynamics[0] - exact).abs().max(-1).values < 0.05]
-    assert len(first) >= 16  # the first two batches, before and after a step of rate 0
+    torch.testing.assert_close(in_bf16, in_float32, atol=0.1, rtol=0.05)
 
 
 @cuda
@@ -261,12 +258,11 @@ def test_selection_keeps_exactly_k_rows_and_ties_go_to_the_lower(how, fraction, 
 
 
 def test_selection_takes_swinging_rows_and_neither_steady_kind():
-    rng = np.random.default_rng(0)
     level = np.repeat([0.95, 0.05, 0.5], 40)[:, None]
-    p = level + rng.uniform(-0.04, 0.04, (120, 5)) + (level == 0.5) * np.array([-0.4, 0.4, -0.3, 0.3, 0.4])
+    noise = np.random.default_rng(0).uniform(-0.04, 0.04, (120, 5))
+    p = level + noise + (level == 0.5) * np.array([-0.4, 0.4, -0.3, 0.3, 0.4])
     for how, group in (("ambiguous", 80), ("hard", 40), ("easy", 0)):
-        gold = torch.zeros(120, dtype=torch.long)
-        kept, threshold = ftft.select(how, 1 / 3, 0, gold, logits_of(p.tolist()))
+        kept, threshold = ftft.select(how, 1 / 3, 0, torch.zeros(120).long(), logits_of(p.tolist()))
         assert kept.tolist() == list(range(group, group + 40))
     assert threshold == pytest.approx(np.sort(p.mean(1))[-40], abs=1e-5)
 
@@ -326,6 +322,12 @@ def test_every_form_of_file_and_label_reads_the_same(tmp_path):
         assert read.names == (["0", "1", "2"] if form == NLI.index else NLI)
 
 
+def test_short_labels_are_spelt_out_only_where_no_other_stands_beside_them(tmp_path):
+    pairs = [{"premise": "a", "hypothesis": "b", "label": label} for label in "nyn"]
+    assert ftft.read(write(tmp_path / "x.jsonl", pairs)).names == ["n", "y"]
+    assert ftft.read(write(tmp_path / "y.jsonl", pairs[::2])).names == ["neutral"]
+
+
 def test_unlabelled_rows_are_dropped_and_counted_and_later_rows_renumbered(tmp_path):
     items = [{"text": str(i), "label": label} for i, label in enumerate(["a", "-", "b", -1, "-1", "a"])]
     read = ftft.read(write(tmp_path / "x.jsonl", items))
@@ -346,19 +348,16 @@ def test_a_hub_data_set_goes_by_its_label_names(tmp_path, monkeypatch):
 
 def test_the_built_in_task_is_what_its_docstring_says():
     sets, planted = ftft.built_in()
-    agreement = {}
-    for kind, examples in sets.items():
-        day = [["monday", "tuesday", "wednesday"].index(text.split()[0]) for (text,) in examples.texts]
-        agreement[kind] = np.mean(np.array(day) == examples.labels.numpy())
-    assert agreement["id"] == pytest.approx(0.9, abs=0.02) and agreement["adversarial"] == 0
-    assert agreement["ood"] == pytest.approx(1 / 3, abs=0.03)
+    for kind, share in (("train", 0.88), ("id", 0.9), ("ood", 1 / 3), ("adversarial", 0.0)):
+        day = [["monday", "tuesday", "wednesday"].index(text.split()[0]) for (text,) in sets[kind].texts]
+        assert np.mean(day == sets[kind].labels.numpy()) == pytest.approx(share, abs=0.03 if share else 0)
     assert planted["shortcut-breaking"].mean() == pytest.approx(0.1, abs=0.01)
     assert planted["mislabelled"].mean() == pytest.approx(0.03, abs=0.01)
-    place_of = {}  # a word's place: the label that it stands under most often
-    for (text,), label in zip(sets["train"].texts, sets["train"].labels.tolist()):
+    counts = collections.defaultdict(lambda: np.zeros(3))  # how often each word stands under each label
+    for (text,), label in zip(sets["train"].texts, sets["train"].labels):
         for word in text.split()[1:]:
-            place_of.setdefault(word, [0, 0, 0])[label] += 1
-    votes = [np.sum([np.array(place_of[w]) / sum(place_of[w]) for w in text.split()[1:]], axis=0).argmax()
+            counts[word][label] += 1
+    votes = [sum(counts[word] / counts[word].sum() for word in text.split()[1:]).argmax()
              for (text,) in sets["adversarial"].texts]
     assert np.mean(votes == sets["adversarial"].labels.numpy()) > 0.85  # the rule alone solves most of it
 
@@ -372,21 +371,18 @@ def test_metrics_equal_a_count_by_hand():
 
 
 def test_a_set_labelled_x_and_non_x_merges_the_other_classes(tmp_path):
-    model, tokenizer = tiny()
-    cfg, items = settings(), rows(40, 5)
+    (model, tokenizer), items = tiny(), rows(40, 5)
     path = write(tmp_path / "hans.jsonl", [{**row, "label": merge(row["label"])} for row in items])
     examples = ftft.read(path, ftft.Examples([("", "")], None, NLI))
     with torch.no_grad():  # a new model gives most rows one class: centre its logits, so that answers differ
         model.classifier.bias -= model.eval()(**tokenize(tokenizer, items)).logits.mean(0)
-        logits = model(**tokenize(tokenizer, items)).logits
-    chosen = ["X" if i == 1 else "not X" for i in logits.argmax(1).tolist()]
-    assert len(logits.argmax(1).unique()) == 3
-    gold = ["X" if row["label"] == "entailment" else "not X" for row in items]
-    result = measuring.score(model, tokenizer, examples, cfg)
-    assert result["accuracy"] == pytest.approx(np.mean([a == b for a, b in zip(chosen, gold)]))
-    f1 = [2 * sum(a == b == c for a, b in zip(chosen, gold)) / (chosen + gold).count(c)
-          for c in ("X", "not X")]
-    assert result["macro_f1"] == pytest.approx(np.mean(f1))
+        answers = model(**tokenize(tokenizer, items)).logits.argmax(1).tolist()
+    assert {*answers} == {0, 1, 2}
+    chosen, gold = [merge(NLI[i]) for i in answers], [merge(row["label"]) for row in items]
+    right = {name: sum(a == b == name for a, b in zip(chosen, gold)) for name in set(gold)}
+    f1 = [2 * right[name] / (chosen + gold).count(name) for name in right]
+    assert measuring.score(model, tokenizer, examples, settings()) == pytest.approx(
+        {"accuracy": sum(right.values()) / 40, "macro_f1": np.mean(f1), "n": 40})
 
 
 def test_the_table_gives_mean_and_sample_deviation_over_runs():
@@ -403,7 +399,7 @@ def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
     train, test = write(tmp_path / "train.csv", items), write(tmp_path / "test.csv", rows(5, 9) + items[3:5])
     _, lines = measuring.read_tests(ftft.settings(
         ["--ref", "r", "--main", "m", "--train", train, "--test", f"ood={test}"]))
-    assert len(lines) == 1 and "2 are also in the training set: rows 5, 6" in lines[0]
+    assert len(lines) == 1 and "2 also in the training set: its rows 5, 6" in lines[0]
 
 
 # ---------------------------------------------------------------- whole runs
@@ -526,7 +522,6 @@ def test_a_folder_laid_out_as_deberta_v3_on_the_hub_trains_in_float32(task, tmp_
         sentence_iterator=iter(corpus), model_prefix=f"{folder}/spm", vocab_size=30, minloglevel=2, pad_id=0,
         bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]",
         unk_piece="[UNK]")
-    (folder / "spm.vocab").unlink()
     config = transformers.DebertaV2Config(
         vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         type_vocab_size=0, relative_attention=True, max_relative_positions=-1, position_buckets=256,
@@ -556,28 +551,24 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
     "no label column": ([{"text": "red"}], "label column"),
     "no text column": ([{"words": "red", "label": "a"}], "text column"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
-    "a text that is a number": ([ONE, {"text": 1, "label": "a"}], "line 2"),
     "one class only": ([ONE] * 40, "one class"),
-    "only unlabelled rows": ([{"text": "red", "label": "-"}], "labelled row"),
     "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "pairs"),
     "a label unknown to training": ({"--test": "id=odd.jsonl"}, "line 2: the training set has no label oth"),
     "a test set without a kind": ({"--test": "odd.jsonl"}, "id=FILE"),
     "two sets of one name": ({"--test": ["id=same.jsonl", "ood=same.jsonl"]}, "called same"),
-    "a fraction of zero": ({"--fraction": "0"}, "--fraction"),
     "a fraction above one": ({"--fraction": "1.5"}, "--fraction"),
     "a fraction below a batch": ({"--fraction": "0.1"}, "fewer than a batch"),
     "one epoch": ({"--epochs": "1"}, "--epochs"),
     "no reference": ({"--ref": None}, "--ref"),
-    "no main model": ({"--main": None}, "--main"),
     "a training file without models": ({"--ref": None, "--main": None}, "--main"),
     "an unknown task": ({"--train": None, "--task": "qa"}, "--task qa"),
-    "hsd from the Hub": ({"--train": None, "--task": "hsd"}, "--data"),
+    "a custom task without files": ({"--train": None, "--task": "custom"}, "--task custom"),
+    "the built-in task with other data": ({"--train": None, "--task": "built-in"}, "--task built-in"),
+    "a blank label": ([ONE, {"text": "red", "label": " "}], "line 2"),
     "an unknown option": ({"--frobnicate": "1"}, "--frobnicate"),
-    "a negative batch": ({"--batch-size": "-8"}, "--batch-size"),
     "no such device": ({"--device": "abacus"}, "--device abacus"),
     "a model folder without config": ({"--main": "."}, "cannot load the model ."),
     "no such model": ({"--ref": "./no/model"}, "./no/model"),
-    "no such dynamics": ({"--dynamics": "."}, "--dynamics"),
     "a folder that exists": ({"--out": "."}, "--out"),
     "an unknown kind of file": ({"--train": "notes.txt"}, "notes.txt"),
     "an open quote": ({"--train": "open.csv"}, "open.csv"),
