@@ -270,8 +270,7 @@ def test_selection_takes_swinging_rows_and_neither_steady_kind():
 def test_random_selection_has_the_same_size_and_follows_the_seed():
     labels = torch.zeros(100, dtype=torch.long)
     a, b, c = (ftft.select("random", 0.33, seed, labels)[0] for seed in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-    assert len(set(a.tolist())) == 33 and a.tolist() == sorted(a.tolist())
+    assert torch.equal(a, b) and not torch.equal(a, c) and len(a.unique()) == 33
 
 
 def test_an_unvisited_cell_is_refused():
@@ -515,13 +514,11 @@ def test_the_hsd_files_of_their_authors_train_and_score(tmp_path, models):
 
 
 def test_a_folder_laid_out_as_deberta_v3_on_the_hub_trains_in_float32(task, tmp_path):
-    folder = tmp_path / "deberta"
-    folder.mkdir()
-    corpus = [f"{row['premise']} {row['hypothesis']}" for row in rows(200)]
+    folder = tmp_path
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=f"{folder}/spm", vocab_size=30, minloglevel=2, pad_id=0,
-        bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]",
-        unk_piece="[UNK]")
+        sentence_iterator=(row["hypothesis"] for row in rows(200)), model_prefix=f"{folder}/spm", vocab_size=30,
+        minloglevel=2, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]")
     config = transformers.DebertaV2Config(
         vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         type_vocab_size=0, relative_attention=True, max_relative_positions=-1, position_buckets=256,
@@ -546,10 +543,8 @@ ONE = {"text": "red", "label": "a"}
 BAD = {  # what the training file holds, or which arguments are changed -> what the line must name
     "missing file": ({"--train": "nowhere.jsonl"}, "nowhere.jsonl"),
     "empty file": ([], "labelled row"),
-    "not json": ("{'a': 1}\n", "line"),
     "not utf-8": (b"\xff\xfe{}\n", "cannot be read"),
     "no label column": ([{"text": "red"}], "label column"),
-    "no text column": ([{"words": "red", "label": "a"}], "text column"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
     "one class only": ([ONE] * 40, "one class"),
     "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "pairs"),
@@ -568,9 +563,7 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
     "an unknown option": ({"--frobnicate": "1"}, "--frobnicate"),
     "no such device": ({"--device": "abacus"}, "--device abacus"),
     "a model folder without config": ({"--main": "."}, "cannot load the model ."),
-    "no such model": ({"--ref": "./no/model"}, "./no/model"),
     "a folder that exists": ({"--out": "."}, "--out"),
-    "an unknown kind of file": ({"--train": "notes.txt"}, "notes.txt"),
     "an open quote": ({"--train": "open.csv"}, "open.csv"),
 }
 
@@ -603,9 +596,8 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_what_was_saved(task, 
         main([*task, "--lr", "1e30", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and "step 3" in said and "learning rate" in said
-    assert (tmp_path / "run" / "ref" / "dynamics.npz").exists()
+    assert (tmp_path / "run" / "ref" / "dynamics.npz").exists() and not (tmp_path / "run" / "ftft").exists()
     assert list(run_json(tmp_path / "run")["phases"]) == ["ref"]
-    assert not (tmp_path / "run" / "ftft").exists()
 
 
 def test_a_run_that_did_not_finish_is_not_scored(tmp_path, capsys):
