@@ -516,8 +516,8 @@ def test_the_hsd_files_of_their_authors_train_and_score(tmp_path, models):
 def test_a_folder_laid_out_as_deberta_v3_on_the_hub_trains_in_float32(task, tmp_path):
     folder = tmp_path
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(row["hypothesis"] for row in rows(200)), model_prefix=f"{folder}/spm", vocab_size=30,
-        minloglevel=2, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        sentence_iterator=(row["hypothesis"] for row in rows(200)), model_prefix=f"{folder}/spm",
+        vocab_size=30, minloglevel=2, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
         pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]")
     config = transformers.DebertaV2Config(
         vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
