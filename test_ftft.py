@@ -543,7 +543,7 @@ ONE = {"text": "red", "label": "a"}
 BAD = {  # what the training file holds, or which arguments are changed -> what the line must name
     "missing file": ({"--train": "nowhere.jsonl"}, "nowhere.jsonl"),
     "empty file": ([], "labelled row"),
-    "not utf-8": (b"\xff\xfe{}\n", "cannot be read"),
+    "not utf-8": (b'{"text": "\xff", "label": "a"}\n', "cannot be read"),
     "no label column": ([{"text": "red"}], "label column"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
     "one class only": ([ONE] * 40, "one class"),
