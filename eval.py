@@ -74,10 +74,15 @@ def read_tests(cfg):
         wanted = [(kind, name, str(Path(cfg.data) / file) if cfg.data else hub)
                   for kind, name, hub, file in TESTS.get(cfg.task, [])]
     tests, lines, known = {}, [], set(training.texts)
+    classes = len(training.names)
+    like = training._replace(names=[*training.names, *(f"non-{name}" for name in training.names)])
     for kind, name, source in wanted:
         require(name not in [other for _, other in tests],
                 f"--test {source}: results go by name, and another set is called {name}; rename the file")
-        examples = tests[kind, name] = read(source, training)
+        examples = tests[kind, name] = read(source, like)
+        non_x = examples.labels.max().item()  # X / non-X, as HANS is labelled: non-X has X's number + classes
+        require(non_x < classes or {*examples.labels.tolist()} <= {non_x - classes, non_x},
+                f"{source}: labels must be X and {like.names[non_x]} only, or the training set's own")
         twins = [row for row, text in enumerate(examples.texts) if text in known]
         shared = f"; {len(twins)} also in the training set: its rows {str(twins[:9])[1:-1]}" * bool(twins)
         shared += ", .." * (len(twins) > 9)
@@ -87,11 +92,12 @@ def read_tests(cfg):
 
 
 def score(model, tokenizer, examples, cfg):
-    """Accuracy, macro-F1 and n of `model` on examples whose labels are numbered as the model's classes."""
+    """Accuracy, macro-F1 and n of `model` on examples whose labels are numbered as the model's classes; in a
+    set labelled X / non-X, non-X has the number of X plus that of classes."""
     predicted = predict(model, encode(tokenizer, examples, cfg), cfg).argmax(1).numpy()
-    if len(examples.names) > model.config.num_labels:  # the last name is non-X: any class but X becomes that
-        x = examples.names.index(examples.names[-1].removeprefix("non-"))
-        predicted = np.where(predicted == x, x, len(examples.names) - 1)
+    non_x = examples.labels.max().item()
+    if non_x >= model.config.num_labels:  # any class but X becomes non-X
+        predicted = np.where(predicted == non_x - model.config.num_labels, predicted, non_x)
     return metrics(predicted, examples.labels)
 
 

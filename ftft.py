@@ -32,9 +32,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages of memory: faster on a CPU
 
 # ---------------------------------------------------------------- settings
 
@@ -53,7 +54,7 @@ class Settings:
     fraction: float = option(0.33, "share of the training rows to keep (default: 0.33)")
     baselines: tuple = option((), "train these as well", choices=["erm", "random", "hard", "easy", "dm"])
     # the data
-    task: str = option(None, "nli (MultiNLI to HANS, WANLI and ANLI), hsd (CAD to DynaHate) or built-in")
+    task: str = option(None, "default: nli (MultiNLI); hsd: CAD", choices=["nli", "hsd", "built-in"])
     data: str = option(None, "folder with the task's files as their authors release them, instead of the Hub")
     train: str = option(None, "training file of your own: .jsonl, .csv or .tsv")
     dev: tuple = option((), "files to choose the best weights by, and to stop early")
@@ -70,16 +71,15 @@ class Settings:
     ref_lr: float = option(2e-5, "learning rate of the reference model (default: 2e-5)")
     max_length: int = option(300, "tokens after which an input is cut (default: 300)")
     seed: int = option(0, "seed of new weights, order of rows, dropout and random selection (default: 0)")
-    device: str = option("auto", "cuda, cpu, ..; auto takes a GPU if there is one")
-    amp: str = option("auto", "mixed precision; auto: bf16 where the GPU has it, else fp16; off on a CPU",
-                      choices=["auto", "bf16", "fp16", "off"])
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "default: a GPU if there is one")
+    amp: str = option(None, "default: bf16 on a GPU, or else fp16", choices=["bf16", "fp16", "off"])
 
 
 MODELS = {**{f"deberta-{s}": f"microsoft/deberta-v3-{s}" for s in ("xsmall", "small", "base", "large")},
           **{f"electra-{s}": f"google/electra-{s}-discriminator" for s in ("small", "base", "large")},
-          "bert-tiny": "prajjwal1/bert-tiny",
-          "bert-base": "google-bert/bert-base-uncased", "bert-large": "google-bert/bert-large-uncased",
-          "roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large"}
+          **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
+          **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")},
+          "bert-tiny": "prajjwal1/bert-tiny"}
 # Two transformers that train from scratch in seconds; that takes higher learning rates than fine-tuning does.
 BUILT_IN = dict(task="built-in", ref="built-in-2x64", main="built-in-4x128", baselines=("erm", "random"),
                 lr=5e-4, ref_lr=1e-3)
@@ -88,16 +88,12 @@ BUILT_IN = dict(task="built-in", ref="built-in-2x64", main="built-in-4x128", bas
 def require(condition, message):
     """Where a user's input falls short: one line on stderr that says what to mend, and exit code 2."""
     if not condition:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)  # on one line
         raise SystemExit(2)
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def settings(argv=None):
-    """The command line as Settings, `auto` settled; what cannot work is refused here."""
+    """The command line as Settings; what cannot work is refused here."""
     logging.disable(logging.WARNING)  # of the libraries: their new heads and retries ask nothing of a user
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -106,59 +102,41 @@ def settings(argv=None):
         more = {**field.metadata, **(dict(nargs="+") if field.type is tuple else dict(type=field.type))}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **more)
     cfg = parser.parse_args(argv)
-    named = cfg.ref or cfg.main or cfg.dynamics or cfg.data or cfg.train or cfg.dev or cfg.test
-    if cfg.task == "built-in" or not (named or cfg.task):
+    data = cfg.data or cfg.train or cfg.dev or cfg.test
+    if cfg.task == "built-in" or not (cfg.task or cfg.ref or cfg.main or cfg.dynamics or data):
         parser.set_defaults(**BUILT_IN)
         cfg = parser.parse_args(argv)
-    own = cfg.data or cfg.train or cfg.dev or cfg.test or cfg.limit
-    require(cfg.task != "built-in" or not own, "--task built-in has its own data; leave out other data")
+        require(not (data or cfg.limit), "--task built-in has its own data; leave out other data")
     cfg.task = "custom" if cfg.train else cfg.task or "nli"
     uses_ref = cfg.select != "random" or {"hard", "easy"} & {*cfg.baselines}
-    require(cfg.train or cfg.task in ("built-in", *TASKS), f"--task {cfg.task}: unknown; see --help")
-    require(cfg.data or cfg.task != "hsd", "--task hsd: needs --data DIR, a folder with cad/ and dynahate/")
-    require(cfg.main, "--main is missing: name the model to train, such as deberta-large")
-    require(cfg.ref or cfg.dynamics or not uses_ref, "--ref is missing: name one, or give --dynamics")
-    require(abs(cfg.seed) < 2**32, f"--seed {cfg.seed}: take one below 2^32")
-    require(not cfg.out or not Path(cfg.out).exists(), f"--out {cfg.out}: exists; name another folder")
-    require(0 < cfg.fraction <= 1, f"--fraction {cfg.fraction}: take a share such as 0.33")
+    require(cfg.main and (cfg.ref or cfg.dynamics or not uses_ref),
+            "--ref or --main is missing: name two models, such as deberta-small and deberta-large")
     for name, value in vars(cfg).items():
-        if isinstance(value, (int, float)) and name != "seed":
-            require(0 < value < math.inf, f"--{name.replace('_', '-')} {value}: must be above 0")
-    swings = "dm" in cfg.baselines or cfg.select == "ambiguous" and not cfg.dynamics
-    require(cfg.epochs > 1 or not swings, f"--epochs {cfg.epochs}: p(gold) swings over 2 or more")
-    if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=cfg.device).item()
-    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
-        require(False, f"--device {cfg.device}: cannot be used ({first_line(error)}); leave it out")
-    if cfg.amp == "auto" and cfg.device.startswith("cuda"):
-        cfg.amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return Settings(**{**vars(cfg), "amp": cfg.amp.replace("auto", "off")})
+        low, high = {"seed": (-1, 2**32), "epochs": (1, 999), "fraction": (0, 1)}.get(name, (0, 2**32))
+        require(not isinstance(value, (int, float)) or low < value <= high,
+                f"--{name.replace('_', '-')} {value}: must be above {low} and at most {high}")
+    on_gpu = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    cfg.amp = cfg.amp or (on_gpu if cfg.device.startswith("cuda") else "off")
+    return Settings(**vars(cfg))
 
 
 # ---------------------------------------------------------------- data
 
-# The paper's tasks: training and dev sets on the Hub, and their authors' own files under --data; eval.py has
-# the test sets. As in the paper, weights are chosen on out-of-distribution dev data, which is not trained on.
+# The paper's tasks: the training set, then the dev sets, each on the Hub and as its authors' file in --data.
+# eval.py has the test sets. As in the paper, dev data is out of distribution; it is never trained on.
 TASKS = {
-    "nli": {"train": [("nyu-mll/multi_nli:train", "multinli_1.0/multinli_1.0_train.jsonl")],
-            "dev": [(f"facebook/anli:dev_r{r}", f"anli_v1.0/R{r}/dev.jsonl") for r in (1, 2, 3)]},
-    "hsd": {"train": [(None, "cad/cad_uid.train")],
-            "dev": [(None, f"dynahate/r{r}_{form}.dev")
-                    for r in (2, 3, 4) for form in ("original", "perturbation")]}}
+    "nli": [("nyu-mll/multi_nli:train", "multinli_1.0/multinli_1.0_train.jsonl"),
+            *[(f"facebook/anli:dev_r{r}", f"anli_v1.0/R{r}/dev.jsonl") for r in (1, 2, 3)]],
+    "hsd": [(None, "cad/cad_uid.train"),
+            *[(None, f"dynahate/r{r}_{form}.dev") for r in "234" for form in ("original", "perturbation")]]}
 TEXT_COLUMNS = [("premise", "hypothesis"), ("sentence1", "sentence2"), ("context", "hypothesis"),
                 ("text1", "text2"), ("text",), ("sentence",)]
 GOLD_COLUMNS = ["label", "gold_label", "gold", "labels"]
 SHORT_LABELS = {"e": "entailment", "n": "neutral", "c": "contradiction"}
 
-
-@dataclasses.dataclass
-class Examples:
-    texts: list           # n tuples: (premise, hypothesis) or (text,)
-    labels: torch.Tensor  # (n,) numbers into names
-    names: list           # label names
-    dropped: int = 0      # rows left out because they have no gold label: they are labelled - or -1
+# texts: n tuples, (premise, hypothesis) or (text,); labels (n,): numbers into names, those of the classes;
+# dropped: the number of rows left out because they have no gold label (they are labelled - or -1)
+Examples = collections.namedtuple("Examples", "texts labels names dropped", defaults=[0])
 
 
 def records(source):
@@ -178,73 +156,55 @@ def records(source):
             if suffix == ".jsonl":
                 rows = ((number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip())
             else:  # CAD and DynaHate (.train, .dev, .test) are released without a header
-                csv.field_size_limit(2**31 - 1)  # a text may be long
                 header = None if suffix in (".csv", ".tsv") else ["labels", "text", "uid"]
                 table = csv.DictReader(file, header, delimiter="," if suffix == ".csv" else "\t", strict=True)
                 rows = ((table.line_num, row) for row in table)
             for number, row in rows:
                 yield number, row
     except Exception as error:  # no network, no such file, not JSON, a quote never closed, ..
-        after = f" after line {number}" if number else ""
-        remedy = "give a folder by --data, or run python ftft.py alone" if on_hub else "mend it or the path"
-        require(False, f"{source}: cannot be read{after} ({first_line(error)}); {remedy}")
+        require(False, f"{source}: cannot be read after line {number} ({error}); mend it or give other data")
 
 
 def read(source, like=None, limit=None):
-    """Read one set as Examples: in the form and with the classes of the training set, where `like` gives it.
-
-    A test set may be labelled X / non-X (HANS: entailment / non-entailment): non-X then takes the next
-    number, and eval.py merges predictions to match.
-    """
+    """Read one set as Examples: in the form and with the label names of `like`, where that is given."""
     texts, golds, dropped, columns = [], [], 0, None
-    for number, row in records(source):
+    for number, row in itertools.islice(records(source), limit):
         where = f"{source}, line {number}"
         require(isinstance(row, dict), f'{where}: is no object like {{"text": "..", "label": ".."}}; mend it')
         if columns is None:
             columns = next((names for names in TEXT_COLUMNS if {*names} <= {*row}), ())
             gold = next((name for name in GOLD_COLUMNS if name in row), None)
-            require(columns, f"{source}: has no text column; name it text, or a pair premise and hypothesis")
-            require(gold, f"{source}: has no label column; name it {' or '.join(GOLD_COLUMNS)}")
+            require(columns and gold, f"{source}: has no text or no label column; name them text and label")
             require(not like or len(columns) == len(like.texts[0]), f"{source}: mixes pairs and single texts")
         text, label = tuple(row.get(name) for name in columns), row.get(gold)
         label = str(label).strip() if isinstance(label, (str, int)) else ""
-        require(all(isinstance(part, str) for part in text), f"{where}: {' and '.join(columns)} must be text")
-        require(label, f"{where}: {gold} must be text or an integer, - if there is none")
+        require(label and all(isinstance(part, str) for part in text),
+                f"{where}: {' and '.join(columns)} must be text, {gold} text or an integer, - for none")
         if label in ("-", "-1"):
             dropped += 1
             continue
-        if like and label not in like.names:
-            label = SHORT_LABELS.get(label, label)
-        known = not like or label in like.names or label.removeprefix("non-") in like.names
-        require(known, f"{where}: the training set has no label {label}; mend or remove the row")
+        label = label if not like or label in like.names else SHORT_LABELS.get(label, label)
+        require(not like or label in like.names, f"{where}: the training set has no label {label}; mend it")
         texts.append(text)
         golds.append(label)
-        if len(golds) == limit:
-            break
     require(golds, f"{source}: has no labelled row; give a file with at least one")
     if not like and {*golds} <= {*SHORT_LABELS}:
         golds = [SHORT_LABELS[label] for label in golds]
-    found = {*golds}  # integers are numbered by size; of X / non-X, non-X comes after the classes
-    names = like.names if like else sorted(found, key=lambda name: (len(name) * name.isdecimal(), name))
-    merged = sorted(found - {*names})
-    pair = {merged[0], merged[0].removeprefix("non-")} if merged else found
-    require(found <= pair, f"{source}: labels must be {' and '.join(sorted(pair))} only")
-    number = {name: i for i, name in enumerate([*names, *merged])}
-    return Examples(texts, torch.tensor([number[label] for label in golds]), [*number], dropped)
+    # Integers are numbered by their size, other labels by the alphabet.
+    names = like.names if like else sorted({*golds}, key=lambda name: (len(name) * name.isdecimal(), name))
+    return Examples(texts, torch.tensor([names.index(label) for label in golds]), names, dropped)
 
 
 def load_task(cfg):
     """(training Examples, [dev Examples, ..]), read and checked."""
     if cfg.task == "built-in":
         return built_in()[0]["train"], []
-    table = {kind: [str(Path(cfg.data) / file) if cfg.data else hub for hub, file in places]
-             for kind, places in TASKS.get(cfg.task, {}).items()}
-    source = cfg.train or table["train"][0]
+    sources = [hub if hub and not cfg.data else str(Path(cfg.data or ".") / file)
+               for hub, file in TASKS.get(cfg.task, [])]
+    source, *dev = sources or [cfg.train]
     training = read(source, limit=cfg.limit)
     require(len(training.names) > 1, f"{source}: has one class only; give rows of two or more")
-    dev = [read(path, training) for path in cfg.dev or table.get("dev", [])]
-    require(all(part.names == training.names for part in dev), "--dev: needs the training set's own labels")
-    return training, dev
+    return training, [read(path, training) for path in cfg.dev or dev]
 
 
 def fingerprint(examples):
@@ -255,21 +215,20 @@ def fingerprint(examples):
     return digest.hexdigest()
 
 
+WORDS = ["monday", "tuesday", "wednesday", *(f"thing{i}" for i in range(600))]
+
+
 def built_in():
     """A task of which everything is known: which place was visited, told from eight things seen there?
 
     Four of them belong to places, each in 8 of 10 cases to the one visited, else to another; four belong to
     none. So no single word decides. Beside this rule stands a *shortcut*: the day, named first, agrees with
     the place in 90% of the training and ID texts, is random in the OOD test and always wrong in the
-    adversarial one. 3% of the training labels are wrong. A text reads "monday riverbell moonbird ..", its
+    adversarial one. 3% of the training labels are wrong. A text reads "monday thing12 thing597 ..", its
     label coast. Returns the sets {name: Examples}, and which training rows hold what is planted.
     """
     rng = np.random.default_rng(0)  # fixed: --seed varies the training, never the data
-    days, places = np.array(["monday", "tuesday", "wednesday"]), ["coast", "forest", "village"]
-    first = "sun moon star rain snow wind sand sea river lake hill wood stone iron gold fire ice fog dew day"
-    last = ("light bird fish flower house ship path gate tower bell horse fox bear tree root leaf berry well "
-            "bridge wheel rope drum knife cup song ring stick boat wall market")
-    things = np.array([a + b for a in first.split() for b in last.split()])  # 600: 150 a place, 150 of none
+    days, things = np.array(WORDS[:3]), np.array(WORDS[3:])  # 150 things of each place and 150 of none
 
     def draw(n, agreement, wrong=0.0):
         place = rng.integers(3, size=n)
@@ -281,40 +240,40 @@ def built_in():
         texts = [(" ".join(words),) for words in np.column_stack([days[day], seen])]
         labels = torch.from_numpy(np.where(mislabelled, mistake, place))
         planted = {"shortcut-breaking": day != place, "mislabelled": mislabelled}
-        return Examples(texts, labels, places), planted
+        return Examples(texts, labels, ["coast", "forest", "village"]), planted
 
     training, planted = draw(8000, 0.9, wrong=0.03)
-    tests = {"id": draw(2000, 0.9)[0], "ood": draw(2000, 1 / 3)[0], "adversarial": draw(2000, 0.0)[0]}
-    return {"train": training, **tests}, planted
+    return {"train": training, "id": draw(2000, 0.9)[0], "ood": draw(2000, 1 / 3)[0],
+            "adversarial": draw(2000, 0.0)[0]}, planted
 
 
 # ---------------------------------------------------------------- models and batches
 
 
-def load(name, classes):
-    """The pretrained model `name` with a classification head for `classes`, and its tokenizer. The head is
+def load(name, classes, device):
+    """The pretrained model `name` on `device`, with a head for these classes, and its tokenizer. The head is
     new, unless the checkpoint has one for as many classes.
 
     Weights are float32 whatever the checkpoint holds: DeBERTa-v3's are fp16, whose gradients GradScaler
     refuses, and which bf16 autocast would go on training as fp16.
     """
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    if name in (BUILT_IN["ref"], BUILT_IN["main"]):
-        layers, width = map(int, name.removeprefix("built-in-").split("x"))
-        words = sorted({word for (text,) in built_in()[0]["train"].texts for word in text.split()})
-        words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(
-            vocab_size=len(words), num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width,
-            num_attention_heads=width // 32, max_position_embeddings=64, **labels))
-        return model, transformers.BertTokenizer(words, model_max_length=64)  # whole words: word-level
-    path = MODELS.get(name, name)
     try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, ignore_mismatched_sizes=True, **labels)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # no config.json, an unknown architecture, a broken file, no network, ..
-        require(False, f"cannot load the model {name} ({first_line(error)}); give a short name, a Hub "
-                       "id or a folder with config.json, weights and tokenizer, or run python ftft.py alone")
+        if name in (BUILT_IN["ref"], BUILT_IN["main"]):
+            layers, width = map(int, name.removeprefix("built-in-").split("x"))
+            words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+            tokenizer = transformers.BertTokenizer(words, model_max_length=64)  # whole words: word-level
+            model = transformers.BertForSequenceClassification(transformers.BertConfig(
+                vocab_size=len(words), num_hidden_layers=layers, num_attention_heads=width // 32,
+                hidden_size=width, intermediate_size=4 * width, **labels))
+        else:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                MODELS.get(name, name), dtype=torch.float32, ignore_mismatched_sizes=True, **labels)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(MODELS.get(name, name))
+        model.to(device)
+    except Exception as error:  # no config.json, an unknown architecture, no network, no such device, ..
+        require(False, f"cannot load the model {name} on {device} ({error}); give a short name, a Hub id "
+                       "or a folder with config.json, weights and tokenizer, or run python ftft.py alone")
     require(tokenizer.pad_token, f"the model {name} has no padding token; take an encoder such as bert-tiny")
     return model, tokenizer
 
@@ -325,44 +284,48 @@ def backbone_size(model):
     return sum(p.numel() for p in model.parameters()) - tables
 
 
-@dataclasses.dataclass
-class Encoded:
-    """Tokenized examples, end to end in one flat array for each model input; place 0 holds the padding."""
-    inputs: dict           # input_ids, and token_type_ids if any: (1 + tokens,) int32, on the device
-    starts: torch.Tensor   # (n,) where each example begins
-    lengths: torch.Tensor  # (n,) in tokens
-    labels: torch.Tensor   # (n,) on the device
+# Tokenized examples. inputs: input_ids and, if any, token_type_ids, each a flat int32 array (1 + tokens,) of
+# the padding, then all examples end to end; starts (n + 1,): where each begins, and where the last ends;
+# lengths (n,): in tokens; labels (n,). All are on the device but lengths, which the host needs at each step.
+Encoded = collections.namedtuple("Encoded", "inputs starts lengths labels")
 
 
 def encode(tokenizer, examples, cfg):
     pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    flat = {name: [np.array([pad])] for name, pad in pads.items() if name in tokenizer.model_input_names}
+    flat = {name: [np.int32([pad])] for name, pad in pads.items() if name in tokenizer.model_input_names}
     lengths, limit = [], min(cfg.max_length, tokenizer.model_max_length)
     for start in range(0, len(examples.texts), 10_000):  # in chunks: tokens in Python lists take much memory
         columns = map(list, zip(*examples.texts[start:start + 10_000]))
         tokens = tokenizer(*columns, truncation=True, max_length=limit)
         lengths += map(len, tokens["input_ids"])
         for name in flat:
-            flat[name].append(np.fromiter(itertools.chain.from_iterable(tokens[name]), np.int32))
+            flat[name].append(np.concatenate(tokens[name], dtype=np.int32))
     lengths = torch.tensor(lengths)
-    inputs = {name: torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(cfg.device)
-              for name, parts in flat.items()}
-    return Encoded(inputs, 1 + lengths.cumsum(0) - lengths, lengths, examples.labels.to(cfg.device))
+    starts = F.pad(lengths.cumsum(0), (1, 0)) + 1
+    inputs = {name: torch.from_numpy(np.concatenate(parts)).to(cfg.device) for name, parts in flat.items()}
+    return Encoded(inputs, starts.to(cfg.device), lengths, examples.labels.to(cfg.device))
 
 
 def collate(data, rows):
     """Model inputs for these rows, padded to the longest of them, each (rows, longest)."""
-    place = torch.arange(data.lengths[rows].max())
-    mask = place < data.lengths[rows, None]
-    place = ((data.starts[rows, None] + place) * mask).to(data.labels.device)  # 0, padding, past a text's end
-    return {**{name: flat[place].long() for name, flat in data.inputs.items()},
-            "attention_mask": mask.long().to(place.device)}
+    columns = torch.arange(data.lengths[rows].max(), device=data.starts.device)
+    rows = rows.to(data.starts.device, non_blocking=True)
+    place = data.starts[rows, None] + columns
+    mask = (place < data.starts[rows + 1, None]).long()  # times 0 gives place 0, the padding
+    return {"attention_mask": mask, **{name: flat[place * mask].long() for name, flat in data.inputs.items()}}
 
 
-def batches(rows, size, seed, epoch):
-    """The rows in this epoch's order, cut into batches; the last may be smaller, so that no row is lost."""
+def batches(rows, lengths, size, seed, epoch):
+    """This epoch's batches: each row once, among rows of like length, as random batches are half padding.
+
+    The rows are shuffled, cut into pools, sorted by length in each pool and cut into batches, and the batches
+    are shuffled. A little noise in the lengths varies which rows meet.
+    """
     generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
-    return rows[torch.randperm(len(rows), generator=generator)].split(size)
+    shuffle = lambda items: items[torch.randperm(len(items), generator=generator)]
+    key = lengths * (1 + 0.05 * torch.rand(len(lengths), generator=generator))
+    cut = [part for pool in shuffle(rows).split(100 * size) for part in pool[key[pool].argsort()].split(size)]
+    return [cut[i] for i in shuffle(torch.arange(len(cut)))]
 
 
 # ---------------------------------------------------------------- training
@@ -380,25 +343,25 @@ def train(model, data, rows, steps, lr, cfg, dynamics=None):
     `dynamics` (epochs, n, classes), where given, takes the logits that the loop has anyway: in training mode
     (dropout on) and before the update, as in dataset cartography and the authors' code.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-6, weight_decay=0.0, fused=True)
     warmup = max(1, round(0.1 * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(step / warmup, (steps - step) / max(1, steps - warmup)))
     scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.amp == "fp16")
     order = ((epoch, batch) for epoch in itertools.count()
-             for batch in batches(rows, cfg.batch_size, cfg.seed, epoch))
-    model.train()
+             for batch in batches(rows, data.lengths, cfg.batch_size, cfg.seed, epoch))
     for epoch, batch in itertools.islice(order, steps):
+        model.train()  # at every step, since the caller may evaluate in between
         padded, loss = 0, 0.0
         for part in batch.split(math.ceil(cfg.batch_size / cfg.grad_accum)):
-            inputs = collate(data, part)
+            inputs, there = collate(data, part), part.to(data.labels.device, non_blocking=True)
             with autocast(cfg):
                 logits = model(**inputs).logits.float()                         # (rows, classes)
             # Summed, then divided by the whole step's rows: each weighs the same, however the batch is cut.
-            part_loss = cross_entropy(logits, data.labels[part], reduction="sum") / len(batch)
+            part_loss = F.cross_entropy(logits, data.labels[there], reduction="sum") / len(batch)
             scaler.scale(part_loss).backward()
             if dynamics is not None:
-                dynamics[epoch, part] = logits.detach()
+                dynamics[epoch, there] = logits.detach()
             padded, loss = padded + inputs["input_ids"].numel(), loss + part_loss.detach()
         scaler.unscale_(optimizer)  # so that clipping sees the true gradients
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -413,13 +376,12 @@ def train(model, data, rows, steps, lr, cfg, dynamics=None):
 
 @torch.no_grad()
 def predict(model, data, cfg):
-    """Logits (n, classes) in evaluation mode, float32, on the CPU; leaves the model in the mode it was in."""
-    training, logits = model.training, torch.empty(len(data.lengths), model.config.num_labels)
+    """Logits (n, classes) in evaluation mode, float32, on the CPU."""
+    logits = torch.empty(len(data.lengths), model.config.num_labels)
     model.eval()
     for rows in data.lengths.argsort(descending=True, stable=True).split(2 * cfg.batch_size):  # less padding
         with autocast(cfg):
             logits[rows] = model(**collate(data, rows)).logits.float().cpu()
-    model.train(training)
     return logits
 
 
@@ -464,13 +426,91 @@ def select(how, fraction, seed, labels, dynamics=None):
     return rows.sort().values, abs(score[rows[-1]].item())  # abs: hard is scored by minus confidence
 
 
+# ---------------------------------------------------------------- making it fast, exactly
+
+# Work whose result is known or never used is left out; what is computed stays the same. The first such change is
+# in `batches`: with rows of like length together, little of a batch is padding.
+
+def compact_embeddings(model, ids):
+    """The second: train those rows of the word-embedding table that stand in `ids`, and no others.
+
+    The others get no gradient, and AdamW without weight decay leaves a row without gradients as it is.
+    Returns the share of rows left and a function that puts them back into the whole table. A table that
+    shares its weights with another module is left alone.
+    """
+    names = [name for name, weight in model.named_parameters(remove_duplicate=False)
+             if weight.ndim == 2 and len(weight) == getattr(model.config, "vocab_size", None)]
+    table = model.get_submodule(names[0].removesuffix(".weight")) if len(names) == 1 else None
+    if type(table) is not torch.nn.Embedding:
+        return 1.0, lambda: None
+    whole, padding = table.weight.detach().cpu(), table.padding_idx
+    used = torch.zeros(len(whole), dtype=torch.bool, device=ids.device)
+    used[ids.long()] = used[padding or 0] = True
+    place = torch.where(used, used.cumsum(0) - 1, len(whole))  # not in use: an error, not a wrong row
+    table.weight = torch.nn.Parameter(table.weight.detach()[used])
+    table.padding_idx = padding if padding is None else place[padding].item()
+    # In the table, not in the batch: RoBERTa tells positions by which ids are padding.
+    hook = table.register_forward_pre_hook(lambda _, inputs: place[inputs[0]])
+
+    def restore():
+        hook.remove()
+        whole[used.cpu()] = table.weight.detach().cpu()
+        table.weight, table.padding_idx = torch.nn.Parameter(whole), padding
+    return used.float().mean().item(), restore
+
+
+def position_scores(self, query, key, buckets, embeddings, scale_factor):
+    """What transformers' DisentangledSelfAttention.disentangled_attention_bias computes for DeBERTa: how much
+    tokens attend to each other for their distance alone, (batch * heads, queries, n), given `query` and `key`
+    (batch * heads, .., size), `buckets` of distances (1, n, n) and the buckets' `embeddings` (512, hidden).
+
+    There, each token is multiplied with all 512 buckets, and the result gathered from that; here, with the
+    distances n, .., -n only. Row i of that (.., 2n + 1) holds column j of the result in place n - i + j: each
+    row begins one place further left, which a stride of 2n instead of 2n + 1 sets right without a copy.
+    """
+    n, heads, span = key.shape[1], self.num_attention_heads, self.pos_ebd_size
+    bucket = torch.cat([buckets[0, :, 0].flip(0), buckets[0, 0, 1:]]) + span  # of distances n - 1, .., 1 - n
+    bucket = F.pad(bucket.clamp(0, 2 * span - 1), (1, 1))                     # no tokens are n or -n apart
+    scale = math.sqrt(query.shape[2] * scale_factor)
+
+    def scores(content, position, columns):
+        content, position = content.unflatten(0, (-1, heads)), position.unflatten(1, (heads, -1)) / scale
+        product = torch.einsum("bhis,dhs->hbid", content, position).contiguous()  # (heads, batch, n, 2n + 1)
+        return product.as_strided((*product.shape[:3], columns), (*product.stride()[:2], 2 * n, 1), n)
+
+    of_query = scores(query, self.key_proj(embeddings[bucket]), n)
+    of_key = scores(key, self.query_proj(embeddings[bucket.flip(0)]), query.shape[1])
+    return (of_query + of_key.transpose(2, 3)).transpose(0, 1).flatten(0, 1)
+
+
+def leave_out(model, data):
+    """The third and fourth: compute position_scores in DeBERTa, and in the last layer of any encoder only the
+    first token, the only one that a head reads. Returns whether the logits stay the same; they do not where
+    another version of transformers or another architecture works otherwise."""
+    rows = data.lengths.argsort()[[0, -1]]  # the shortest beside the longest, hence much padding
+    with torch.no_grad():
+        expected = model.eval()(**collate(data, rows)).logits
+        try:
+            attentions = [layer.attention for layer in model.base_model.encoder.layer]
+            attentions[-1].output.register_forward_pre_hook(lambda _, args: tuple(x[:, :1] for x in args))
+            for attention in attentions:
+                if hasattr(attention.self, "disentangled_attention_bias"):
+                    attention.self.disentangled_attention_bias = position_scores.__get__(attention.self)
+            if hasattr(attention.self, "disentangled_attention_bias"):
+                attention.register_forward_pre_hook(lambda _, args, more: (
+                    (args[0], args[1][:, :, :1]), {**more, "query_states": args[0][:, :1]}), with_kwargs=True)
+            return torch.allclose(model(**collate(data, rows)).logits, expected, atol=1e-4)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+
+
 # ---------------------------------------------------------------- the run
 
 
 def write_json(path, value):
     """Write under another name, then rename: whoever looks at `path`, whenever, finds a whole file."""
     Path(f"{path}.partial").write_text(json.dumps(value, indent=1))
-    os.replace(f"{path}.partial", path)
+    Path(f"{path}.partial").replace(path)
 
 
 def say(cfg, line):
@@ -479,51 +519,53 @@ def say(cfg, line):
         print(line, file=log)
 
 
-def fine_tune(name, model_name, rows, steps, lr, training, dev, cfg, run, patience=0, log=False):
+def fine_tune(name, rows, training, dev, cfg, run):
     """One phase: load a model, train it on these rows, keep the weights that did best on the dev sets, save
-    it under `name`, enter it in run.json. Returns its training dynamics (epochs, n, classes), if logged."""
+    them under `name`, enter it in run.json. The reference and ERM train on everything for whole epochs and
+    return their training dynamics (epochs, n, classes); the others train for at most cfg.steps."""
+    everything, n = name in ("ref", "erm"), len(training.labels)
+    model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
+    steps = cfg.epochs * math.ceil(n / cfg.batch_size) if everything else cfg.steps
     torch.manual_seed(cfg.seed)  # in every phase, so that none depends on what was trained before it
-    model, tokenizer = load(model_name, training.names)
-    model.to(cfg.device)
+    model, tokenizer = load(model_name, training.names, cfg.device)
     data, *dev = [encode(tokenizer, examples, cfg) for examples in (training, *dev)]
+    if not leave_out(model, data):
+        say(cfg, f"{name}: computed in transformers' own way, which is slower")
+        model, _ = load(model_name, training.names, cfg.device)
+    used_rows, restore = compact_embeddings(model, torch.cat([d.inputs["input_ids"] for d in (data, *dev)]))
+    shape = cfg.epochs, n, len(training.names)
+    dynamics = torch.full(shape, math.nan, device=cfg.device) if everything else None  # NaN: not visited yet
     points = {math.ceil(steps * i / 12) for i in range(1, 13)} if dev else set()
     metric = "macro_f1" if cfg.task == "hsd" else "accuracy"
-    shape = (cfg.epochs, len(data.lengths), len(training.names))
-    dynamics = torch.full(shape, math.nan, device=cfg.device) if log else None  # NaN: not visited yet
-    losses, scores, best = torch.zeros(steps, device=cfg.device), [], None
+    scores, best, total = [], None, 0.0
     count, seconds, began = collections.Counter(), 0.0, time.perf_counter()
-    bar = tqdm(total=steps, desc=name, unit="step", disable=None, leave=False)  # None: on a terminal only
     for step, (batch, padded, loss) in enumerate(train(model, data, rows, steps, lr, cfg, dynamics), 1):
-        count.update(steps=1, examples=len(batch), padded_tokens=padded)
-        count["tokens"] += data.lengths[batch].sum().item()
-        losses[step - 1] = loss
-        bar.update()
+        count.update(examples=len(batch), tokens=int(data.lengths[batch].sum()), padded_tokens=padded)
+        total += loss
         if step % 50 and step != steps and step not in points:
             continue  # only now and then does the host wait for the device, to look at its numbers
-        finite = losses[:step].isfinite().cumprod(0).sum().item()  # steps before the first that is not
-        require(finite == step, f"{name}: loss not finite at step {finite + 1}; lower its learning rate")
+        require(total.isfinite(), f"{name}: the loss is not finite at step {step}; lower its learning rate")
         seconds += time.perf_counter() - began
-        mean = losses[:step][-50:].mean()
-        bar.set_postfix_str(f"loss {mean:.3f}, {count['examples'] / seconds:.0f} examples/s")
+        print(f"{name}: step {step} of {steps}, loss {loss:.3f} ", end="\r", file=sys.stderr, flush=True)
         if step in points:
             scores.append(np.mean([metrics(predict(model, part, cfg).argmax(1), part.labels.cpu())[metric]
                                    for part in dev]))
             since_best = len(scores) - 1 - int(np.argmax(scores))
             if since_best == 0:
                 best = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-            if since_best == patience > 0:
+            if since_best == cfg.patience and not everything:
                 break
         began = time.perf_counter()  # evaluation is not counted
-    bar.close()
     model.load_state_dict(best or model.state_dict())
+    restore()
     per_token = 6 * backbone_size(model)  # a multiplication and an addition, forward once and backward twice
-    flops, tokens = per_token * count["tokens"], data.lengths.sum().item()
     run["phases"][name] = {
-        "model": model_name, "lr": lr, "budget": steps, **count, "flops": flops, "seconds": seconds,
-        "examples_per_second": count["examples"] / seconds, "dev": [*map(list, zip(sorted(points), scores))],
-        "erm_flops": per_token * tokens * cfg.epochs}  # what ERM would cost with this model
-    dynamics = dynamics.cpu() if log else None
-    save(Path(cfg.out) / name, model, tokenizer, training, dynamics, flops)
+        "model": model_name, "lr": lr, "budget": steps, "steps": step, **count, "used_rows": used_rows,
+        "seconds": seconds, "examples_per_second": count["examples"] / seconds,
+        "flops": per_token * count["tokens"], "dev": [*map(list, zip(sorted(points), scores))],
+        "erm_flops": per_token * data.lengths.sum().item() * cfg.epochs}  # what ERM costs with this model
+    dynamics = dynamics.cpu() if everything else None
+    save(Path(cfg.out) / name, model, tokenizer, training, dynamics, run["phases"][name]["flops"])
     write_json(Path(cfg.out) / "run.json", run)
     say(cfg, f"{name}: {step} steps, {count['examples']:,} examples, {seconds:.0f} s")
     return dynamics
@@ -547,24 +589,24 @@ def load_dynamics(folder, training):
             logits, flops = torch.from_numpy(saved["logits"]), int(saved["flops"])
             same = str(saved["fingerprint"]) == fingerprint(training)
     except Exception as error:  # missing, cut short or something else; nothing in it is ever executed
-        require(False, f"--dynamics {folder}: cannot be read ({first_line(error)}); name the ref of a run")
+        require(False, f"--dynamics {folder}: cannot be read ({error}); name the ref of a run")
     require(same, f"--dynamics {folder}: belongs to another training set; give the rows it was logged on")
-    require(len(logits) > 1, f"--dynamics {folder}: holds one epoch; selection takes 2 or more")
     return logits, flops
 
 
 def main(cfg):
-    """Train all that the settings ask for. Returns them with the run's folder and learning rate filled in."""
+    """Train all that the settings ask for. Returns them with the run's folder, budget and learning rate."""
     training, dev = load_task(cfg)
     n = len(training.labels)
-    kept = round(cfg.fraction * n)
-    require(kept >= cfg.batch_size, f"--fraction {cfg.fraction}: keeps {kept} rows, fewer than a batch")
-    ref_dynamics, ref_flops = load_dynamics(cfg.dynamics, training) if cfg.dynamics else (None, 0)
+    require(round(cfg.fraction * n) >= cfg.batch_size, f"--fraction {cfg.fraction}: keeps fewer than a batch")
+    dynamics, ref_flops = load_dynamics(cfg.dynamics, training) if cfg.dynamics else (None, 0)
     for name in filter(None, (cfg.ref, cfg.main)):  # better found missing now than after days of training
-        model, _ = load(name, training.names)
+        model, _ = load(name, training.names, cfg.device)
     lr = cfg.lr or (1e-5 if backbone_size(model) > 200e6 else 2e-5)  # of the main model, loaded last
     free = next(path for i in itertools.count(1) if not (path := Path(f"runs/{cfg.task}-{i}")).exists())
-    cfg = dataclasses.replace(cfg, out=cfg.out or str(free), lr=lr)
+    erm_steps = cfg.epochs * math.ceil(n / cfg.batch_size)
+    steps = cfg.steps or (erm_steps if dev else max(1, round(erm_steps / 3)))
+    cfg = dataclasses.replace(cfg, out=cfg.out or str(free), lr=lr, steps=steps)
     try:
         Path(cfg.out).mkdir(parents=True)
     except OSError as error:
@@ -577,26 +619,23 @@ def main(cfg):
 
     method = "ftft" if cfg.select == "ambiguous" else cfg.select
     methods = list(dict.fromkeys([method, *["erm"] * ("dm" in cfg.baselines), *cfg.baselines]))
-    all_rows, erm_steps = torch.arange(n), cfg.epochs * math.ceil(n / cfg.batch_size)
-    budget = cfg.steps or (erm_steps if dev else max(1, round(erm_steps / 3)))
-    common = training, dev, cfg, run
     # 1. Fine-tune the reference on everything, logging its training dynamics.
-    if ref_dynamics is None and {"ftft", "hard", "easy"} & {*methods}:
-        ref_dynamics = fine_tune("ref", cfg.ref, all_rows, erm_steps, cfg.ref_lr, *common, log=True)
+    if dynamics is None and {"ftft", "hard", "easy"} & {*methods}:
+        dynamics = fine_tune("ref", torch.arange(n), training, dev, cfg, run)
         ref_flops = run["phases"]["ref"]["flops"]
     for name in methods:
         if name == "erm":  # plain fine-tuning of the main model, which makes it its own reference for dm
-            dm_dynamics = fine_tune("erm", cfg.main, all_rows, erm_steps, lr, *common, log=True)
+            dm_dynamics = fine_tune(name, torch.arange(n), training, dev, cfg, run)
         else:
             # 2. and 3. Draw the data map and keep the rows that it favours.
             how = {"ftft": "ambiguous", "dm": "ambiguous"}.get(name, name)
-            dynamics = dm_dynamics if name == "dm" else ref_dynamics
-            rows, threshold = select(how, cfg.fraction, cfg.seed, training.labels, dynamics)
+            rows, threshold = select(how, cfg.fraction, cfg.seed, training.labels,
+                                     dm_dynamics if name == "dm" else dynamics)
             if name == method:
                 write_json(Path(cfg.out) / "selected.json", {
                     "rows": rows.tolist(), "select": how, "fraction": cfg.fraction, "threshold": threshold})
             # 4. Fine-tune the main model on those rows only.
-            fine_tune(name, cfg.main, rows, budget, lr, *common, patience=cfg.patience)
+            fine_tune(name, rows, training, dev, cfg, run)
         phase = run["phases"][name]
         reference = {"erm": 0, "random": 0, "dm": phase["erm_flops"]}.get(name, ref_flops)
         run["cost"][name] = (reference + phase["flops"]) / phase["erm_flops"]
