@@ -1,29 +1,31 @@
 """What ftft.py and eval.py promise, checked by independent routes: python -m pytest (CPU, offline)."""
-import collections
+import copy
 import csv
 import json
 import math
-import statistics
 
 import datasets
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+import torch.nn.functional as F
 import transformers
 
 import eval as measuring
 import ftft
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-WORDS = "red green blue cat dog bird runs sleeps sings here there now".split()
+DEBERTA = dict(relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
+               pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0)
+WORDS = "red green blue cat dog bird runs sleeps sings here there now never".split()
 NLI = ["contradiction", "entailment", "neutral"]  # label i goes with the word WORDS[i]
 
 
 def rows(n, seed=0):
     """n premise-hypothesis rows whose label follows from the first word of the hypothesis."""
     rng = np.random.default_rng(seed)
-    some = lambda low, high: " ".join(rng.choice(WORDS[3:], rng.integers(low, high)))
+    some = lambda low, high: " ".join(rng.choice(WORDS[3:-1], rng.integers(low, high)))
     return [{"premise": some(2, 9), "hypothesis": f"{WORDS[i]} {some(1, 5)}", "label": NLI[i]}
             for i in rng.integers(3, size=n)]
 
@@ -40,15 +42,29 @@ def write(path, items):
     return str(path)
 
 
-def tiny(dropout=0.0, layers=1):
+def encoder(kind, dropout=0.0, **more):
+    """A random classifier of three classes."""
     torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    config = transformers.BertConfig(
-        vocab_size=17, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
-        num_labels=3, max_position_embeddings=32,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    return (transformers.BertForSequenceClassification(config),
-            transformers.BertTokenizer({word: i for i, word in enumerate(words)}, model_max_length=32))
+    sizes = dict(vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3,
+                 intermediate_size=32, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    sizes |= DEBERTA if kind == "deberta-v2" else {"max_position_embeddings": 514}  # RoBERTa: 512 and 2
+    config = transformers.AutoConfig.for_model(kind, **sizes | more)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+def tiny(dropout=0.0, layers=1):
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    model = encoder("bert", dropout, num_hidden_layers=layers, vocab_size=len(words))
+    return model, transformers.BertTokenizer(words, model_max_length=32)
+
+
+def token_data(lengths, most, pad):
+    """Encoded examples of these lengths, random tokens from 5 to most - 1."""
+    lengths, generator = torch.tensor(lengths), torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, most, (1 + lengths.sum(),), generator=generator, dtype=torch.int32)
+    starts, labels = torch.cat([torch.ones(1), 1 + lengths.cumsum(0)]).long(), torch.arange(len(lengths)) % 3
+    tokens[0] = pad
+    return ftft.Encoded({"input_ids": tokens}, starts, lengths, labels)
 
 
 def merge(label):
@@ -111,16 +127,18 @@ def test_training_and_dynamics_equal_a_textbook_loop(pieces):
     items, (model, tokenizer), (plain, _) = rows(20), tiny(), tiny()
     for copy in (model, plain):
         copy.classifier.weight.data *= 30  # for gradients that are clipped
-    cfg = settings("--grad-accum", pieces)
+    cfg = settings("--grad-accum", pieces, "--max-length", "9")
     data, dynamics = encoded(tokenizer, items, cfg), torch.full((2, 20, 3), math.nan)
     steps = list(ftft.train(model, data, torch.arange(20), 6, 0.01, cfg, dynamics))
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, eps=1e-6, weight_decay=0.0)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 1, 6)
     expected = torch.full((2, 20, 3), math.nan)
     for step, (batch, _, loss) in enumerate(steps):
-        logits = plain(**tokenize(tokenizer, [items[row] for row in batch])).logits
+        inputs = tokenize(tokenizer, [items[row] for row in batch], truncation=True, max_length=9)
+        ours, logits = ftft.collate(data, batch), plain(**inputs).logits
+        assert {*ours} == {*inputs} and all(torch.equal(ours[name], inputs[name]) for name in ours)
         labels = torch.tensor([NLI.index(items[row]["label"]) for row in batch])
-        plain_loss = torch.nn.functional.cross_entropy(logits, labels)
+        plain_loss = F.cross_entropy(logits, labels)
         plain_loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
@@ -133,27 +151,20 @@ def test_training_and_dynamics_equal_a_textbook_loop(pieces):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_each_cell_of_the_dynamics_is_written_once_an_epoch():
-    model, tokenizer = tiny(0.1)
-    cfg = settings()
-    data, dynamics = encoded(tokenizer, rows(20), cfg), torch.full((2, 20, 3), math.nan)
-    written = torch.zeros(2, 20, dtype=torch.int)
-    loop = ftft.train(model, data, torch.arange(20), 6, 0.01, cfg, dynamics)
-    for step, (batch, padded, _) in enumerate(loop):
-        written[step // 3, batch] += 1
-        assert torch.equal(written > 0, ~dynamics.isnan().any(-1))
-        assert padded == len(batch) * data.lengths[batch].max()
-    assert (written == 1).all()
-
-
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
-    def dynamics(seed):
-        model, tokenizer = tiny(0.1)
+def test_each_cell_of_the_dynamics_is_written_once_an_epoch_and_the_seed_decides_what():
+    def train(seed):
+        (model, tokenizer), cfg = tiny(0.1), settings("--seed", str(seed))
+        data, dynamics = encoded(tokenizer, rows(20), cfg), torch.full((2, 20, 3), math.nan)
+        written = torch.zeros(2, 20, dtype=torch.int)
         torch.manual_seed(seed)
-        cfg, out = settings("--seed", str(seed)), torch.full((2, 20, 3), math.nan)
-        list(ftft.train(model, encoded(tokenizer, rows(20), cfg), torch.arange(20), 6, 0.01, cfg, out))
-        return out
-    assert torch.equal(dynamics(1), dynamics(1)) and not torch.equal(dynamics(1), dynamics(2))
+        loop = ftft.train(model, data, torch.arange(20), 6, 0.01, cfg, dynamics)
+        for step, (batch, padded, _) in enumerate(loop):
+            written[step // 3, batch] += 1
+            assert torch.equal(written > 0, ~dynamics.isnan().any(-1))
+            assert padded == len(batch) * data.lengths[batch].max()
+        assert (written == 1).all()
+        return dynamics
+    assert torch.equal(train(1), train(1)) and not torch.equal(train(1), train(2))
 
 
 def test_the_learning_rate_rises_from_zero_and_falls_to_zero():
@@ -166,52 +177,24 @@ def test_the_learning_rate_rises_from_zero_and_falls_to_zero():
 
 
 def test_fp16_overflow_skips_the_step_and_the_schedule_waits():
-    (model, tokenizer), (plain, _) = tiny(), tiny()
-    cfg, data = settings("--amp", "fp16"), None
-    data = encoded(tokenizer, rows(8), cfg)
-    weights, backward = [model.classifier.weight.detach().clone()], iter(range(9))
-    model.classifier.weight.register_hook(lambda grad: grad * (math.inf if next(backward) == 1 else 1))
-    for _ in ftft.train(model, data, torch.arange(8), 4, 0.01, cfg):
-        weights.append(model.classifier.weight.detach().clone())
-    assert model.classifier.weight.dtype == torch.float32
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, eps=1e-6, weight_decay=0.0)
-    for step, rate in enumerate((0.0, None, 0.01, 0.01 * 2 / 3)):  # None: no step, no place in the schedule
-        with torch.autocast("cpu", torch.float16):
-            logits = plain(**ftft.collate(data, torch.arange(8))).logits
-        torch.nn.functional.cross_entropy(logits.float(), data.labels).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate or 0.0
-        if rate is not None:
-            optimizer.step()
-        optimizer.zero_grad()
-        assert torch.equal(weights[step + 1], weights[step]) == (not rate)
-        torch.testing.assert_close(weights[step + 1], plain.classifier.weight, atol=2e-3, rtol=0)
+    def weights(overflows_at):
+        (model, tokenizer), cfg, backward = tiny(), settings("--amp", "fp16"), iter(range(9))
+        weight = model.classifier.weight
+        weight.register_hook(lambda grad: grad * (math.inf if next(backward) == overflows_at else 1))
+        loop = ftft.train(model, encoded(tokenizer, rows(8), cfg), torch.arange(8), 6, 0.01, cfg)
+        return [weight.detach().clone() for _ in loop]
+    usual, skipping = weights(None), weights(2)
+    assert torch.equal(skipping[2], skipping[1]) and not torch.equal(usual[2], usual[1])
+    for one, other in zip(usual[2:], skipping[3:]):  # from then on the same, a step later
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
 
 
-def test_bf16_autocast_learns_with_float32_weights():
-    model, tokenizer = tiny()
-    cfg = settings("--amp", "bf16")
+def test_bf16_autocast_computes_in_bf16_with_float32_weights():
+    (model, tokenizer), cfg = tiny(), settings("--amp", "bf16")
     data = encoded(tokenizer, rows(32), cfg)
-    losses = [loss.item() for _, _, loss in ftft.train(model, data, torch.arange(32), 240, 0.01, cfg)]
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert np.mean(losses[-4:]) < np.mean(losses[:4]) / 2
     in_bf16, in_float32 = ftft.predict(model, data, cfg), ftft.predict(model, data, settings())
-    assert not torch.equal(in_bf16, in_float32)
+    assert not torch.equal(in_bf16, in_float32) and model.dtype == torch.float32
     torch.testing.assert_close(in_bf16, in_float32, atol=0.1, rtol=0.05)
-
-
-@cuda
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_a_gpu_agrees_with_the_cpu(amp):
-    results = []
-    for device, kind in (("cpu", "off"), ("cuda", amp)):
-        model, tokenizer = tiny()
-        cfg = settings("--device", device, "--amp", kind)
-        out = torch.full((2, 20, 3), math.nan, device=device)
-        data = encoded(tokenizer, rows(20), cfg)
-        list(ftft.train(model.to(device), data, torch.arange(20), 6, 0.001, cfg, out))
-        results.append(out.cpu())
-    torch.testing.assert_close(*results, atol=1e-3 if amp == "off" else 5e-2, rtol=0)
 
 
 def test_predicting_drops_nothing_out():
@@ -220,6 +203,62 @@ def test_predicting_drops_nothing_out():
     expected = model.eval()(**tokenize(tokenizer, rows(20))).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
+
+# ---------------------------------------------------------------- what makes it fast
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+@pytest.mark.parametrize("kind, heads", [("deberta-v2", 6), ("deberta-v2", 12), ("deberta-v2", 16),
+                                         ("bert", 2), ("roberta", 2), ("electra", 2)])
+def test_what_is_left_out_changes_neither_logits_nor_gradients(kind, heads, device):
+    plain = encoder(kind, hidden_size=64 * heads, num_attention_heads=heads, num_hidden_layers=2)
+    for name, weight in plain.named_parameters():
+        weight.data *= 6 if "query" in name or "key" in name else 1  # for attention that depends on positions
+    fast, pad = copy.deepcopy(plain), plain.config.pad_token_id
+    data = token_data([1, 2, 127, 128, 129, 255, 256, 257, 300], 48, pad)
+    inputs = {"input_ids": data.inputs["input_ids"].to(device)}
+    data = data._replace(inputs=inputs, starts=data.starts.to(device))
+    assert ftft.leave_out(fast.to(device), data)
+    for batch in ([0], [1, 0], [2, 3], [4, 1], [5, 6], [7, 3], [8, 0, 4]):
+        results = []
+        for model in (plain.to(device), fast):
+            logits = model(**ftft.collate(data, torch.tensor(batch))).logits
+            loss = F.cross_entropy(logits, data.labels[batch].to(device))
+            results.append([logits, *torch.autograd.grad(loss, model.parameters(), materialize_grads=True)])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["deberta-v2", "bert", "roberta", "electra"])
+def test_embeddings_not_in_use_are_left_out_and_put_back(kind):
+    plain = encoder(kind)
+    before, fast = copy.deepcopy(plain), copy.deepcopy(plain)
+    data = token_data([3, 9, 5, 4, 7, 8, 6, 5, 3, 9], 30, plain.config.pad_token_id)
+    used = data.inputs["input_ids"].unique()
+    share, restore = ftft.compact_embeddings(fast, data.inputs["input_ids"])
+    left, whole = fast.get_input_embeddings().weight, plain.get_input_embeddings().weight
+    assert len(left) == len(used) == pytest.approx(48 * share) and len(whole) == 48
+    with pytest.raises(IndexError):
+        fast(torch.tensor([[40]]))
+    for model in (plain, fast):
+        list(ftft.train(model, data, torch.arange(10), 6, 0.01, settings()))
+    restore()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], weight, atol=1e-6, rtol=0)
+    restored, first = (model.get_input_embeddings().weight for model in (fast, before))
+    unseen = [i for i in range(48) if i not in used]
+    assert torch.equal(restored[unseen], first[unseen]) and not torch.equal(restored, first)
+
+
+def test_shared_embeddings_and_unusual_models_are_left_alone():
+    model = encoder("bert")
+    model.twin = torch.nn.Linear(16, 48, bias=False)
+    model.twin.weight = model.get_input_embeddings().weight
+    assert ftft.compact_embeddings(model, torch.tensor([5, 6]))[0] == 1 and len(model.twin.weight) == 48
+    last_token = encoder("bert")
+    last_token.bert.pooler.register_forward_pre_hook(lambda _, states: (states[0].flip(1),))
+    only_c2p = encoder("deberta-v2", pos_att_type=["c2p"])
+    assert not any(ftft.leave_out(model, token_data([5, 9, 200], 48, 0)) for model in (last_token, only_c2p))
 
 # ---------------------------------------------------------------- data map and selection
 
@@ -231,10 +270,13 @@ def test_the_data_map_equals_numpy_on_hand_written_logits():
     p_gold = np.stack([p[:, i, label] for i, label in enumerate(labels)], axis=1)
     right = logits.argmax(-1) == labels
     stats = ftft.data_map(torch.from_numpy(logits), torch.from_numpy(labels))
-    np.testing.assert_allclose(stats["confidence"], p_gold.mean(0), atol=1e-6)
-    np.testing.assert_allclose(stats["variability"], p_gold.std(0), atol=1e-6)
-    np.testing.assert_allclose(stats["correctness"], right.mean(0), atol=1e-6)
+    expected = {"confidence": p_gold.mean(0), "variability": p_gold.std(0), "correctness": right.mean(0)}
+    for name, values in expected.items():
+        np.testing.assert_allclose(stats[name], values, atol=1e-6)
     assert stats["forgetting"].tolist() == [sum(a and not b for a, b in zip(r, r[1:])) for r in right.T]
+    logits[1, 4] = math.nan
+    with pytest.raises(AssertionError, match="not visited"):
+        ftft.data_map(torch.from_numpy(logits), torch.from_numpy(labels))
 
 
 def logits_of(p_gold):
@@ -270,32 +312,19 @@ def test_random_selection_has_the_same_size_and_follows_the_seed():
     assert torch.equal(a, b) and not torch.equal(a, c) and len(a.unique()) == 33
 
 
-def test_an_unvisited_cell_is_refused():
-    logits = logits_of(SIX)
-    logits[1, 4] = math.nan
-    with pytest.raises(AssertionError, match="not visited"):
-        ftft.select("ambiguous", 0.5, 0, torch.zeros(6, dtype=torch.long), logits)
-
-
 # ---------------------------------------------------------------- data
 
 
-def test_batches_hold_every_row_once_and_change_between_epochs():
-    chosen = torch.arange(0, 90, 2)
-    a, again, b = (ftft.batches(chosen, torch.ones(90), 8, 3, epoch) for epoch in (0, 0, 1))
-    assert sorted(map(len, a)) == [5, 8, 8, 8, 8, 8]
+def test_batches_hold_every_row_once_and_rows_of_like_length_which_change_between_epochs():
+    rng = np.random.default_rng(0)
+    chosen, lengths = torch.arange(0, 900, 2), torch.from_numpy(rng.lognormal(3.5, 0.5, 900)).long()
+    a, again, b = (ftft.batches(chosen, lengths, 8, 3, epoch) for epoch in (0, 0, 1))
+    assert sorted(map(len, a)) == [2] + [8] * 56 and torch.equal(torch.cat(a), torch.cat(again))
     assert torch.cat(a).sort().values.tolist() == chosen.tolist() == torch.cat(b).sort().values.tolist()
-    assert torch.equal(torch.cat(a), torch.cat(again)) and not torch.equal(torch.cat(a), torch.cat(b))
-
-
-def test_flat_arrays_give_the_tokenizers_own_padded_batches():
-    _, tokenizer = tiny()
-    items = rows(30)
-    data = encoded(tokenizer, items, settings("--max-length", "9"))
-    chosen = [7, 0, 29, 7]
-    theirs = tokenize(tokenizer, [items[i] for i in chosen], truncation=True, max_length=9)
-    ours = ftft.collate(data, torch.tensor(chosen))
-    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    met, again = ({(i, j) for cut in some for i in cut.tolist() for j in cut.tolist()} for some in (a, b))
+    assert len(met & again) < len(met) / 2
+    real, padded = lengths[chosen].sum(), sum(len(batch) * lengths[batch].max() for batch in a)
+    assert 1 - real / padded < 0.1
 
 
 def renamed(items, columns, form):
@@ -318,16 +347,13 @@ def test_every_form_of_file_and_label_reads_the_same(tmp_path):
         assert read.names == (["0", "1", "2"] if form == NLI.index else NLI)
 
 
-def test_short_labels_are_spelt_out_only_where_no_other_stands_beside_them(tmp_path):
-    pairs = [{"premise": "a", "hypothesis": "b", "label": label} for label in "nyn"]
-    assert ftft.read(write(tmp_path / "x.jsonl", pairs)).names == ["n", "y"]
-    assert ftft.read(write(tmp_path / "y.jsonl", pairs[::2])).names == ["neutral"]
-
-
 def test_unlabelled_rows_are_dropped_and_counted_and_later_rows_renumbered(tmp_path):
     items = [{"text": str(i), "label": label} for i, label in enumerate(["a", "-", "b", -1, "-1", "a"])]
     read = ftft.read(write(tmp_path / "x.jsonl", items))
     assert (read.texts, read.labels.tolist(), read.dropped) == ([("0",), ("2",), ("5",)], [0, 1, 0], 3)
+    for labels, names in (("nyn", ["n", "y"]), ("nn", ["neutral"])):  # spelt out if all are short
+        items = [{"text": "a", "label": label} for label in labels]
+        assert ftft.read(write(tmp_path / f"{labels}.jsonl", items)).names == names
 
 
 def test_a_hub_data_set_goes_by_its_label_names(tmp_path, monkeypatch):
@@ -349,14 +375,6 @@ def test_the_built_in_task_is_what_its_docstring_says():
         assert np.mean(day == sets[kind].labels.numpy()) == pytest.approx(share, abs=0.03 if share else 0)
     assert planted["shortcut-breaking"].mean() == pytest.approx(0.1, abs=0.01)
     assert planted["mislabelled"].mean() == pytest.approx(0.03, abs=0.01)
-    counts = collections.defaultdict(lambda: np.zeros(3))  # how often each word stands under each label
-    for (text,), label in zip(sets["train"].texts, sets["train"].labels):
-        for word in text.split()[1:]:
-            counts[word][label] += 1
-    votes = [sum(counts[word] / counts[word].sum() for word in text.split()[1:]).argmax()
-             for (text,) in sets["adversarial"].texts]
-    assert np.mean(votes == sets["adversarial"].labels.numpy()) > 0.85  # the rule alone solves most of it
-
 
 # ---------------------------------------------------------------- measuring
 
@@ -369,8 +387,7 @@ def test_metrics_equal_a_count_by_hand():
 def test_a_set_labelled_x_and_non_x_merges_the_other_classes(tmp_path):
     (model, tokenizer), items = tiny(), rows(40, 5)
     path = write(tmp_path / "hans.jsonl", [{**row, "label": merge(row["label"])} for row in items])
-    cfg = ftft.settings(["--ref", "r", "--main", "m", "--train", write(tmp_path / "train.csv", rows(9)),
-                         "--test", f"ood={path}"])
+    cfg = settings("--train", write(tmp_path / "train.csv", rows(9)), "--test", f"ood={path}")
     (examples,) = measuring.read_tests(cfg)[0].values()
     with torch.no_grad():  # a new model gives most rows one class: centre its logits, so that answers differ
         model.classifier.bias -= model.eval()(**tokenize(tokenizer, items)).logits.mean(0)
@@ -388,15 +405,13 @@ def test_the_table_gives_mean_and_sample_deviation_over_runs():
     run = {"config": {"task": "custom"}, "cost": {"erm": 1.0}, "phases": {"erm": phase}}
     runs = [(run, {"erm": {"id": {"x": {"accuracy": a}}, "ood": {}, "adversarial": {}}}) for a in accuracies]
     row = next(line for line in measuring.table(runs) if line.startswith("erm"))
-    percent = [100 * a for a in accuracies]
-    assert f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}" in row
+    assert f"63.3 ± 15.3" in row
 
 
 def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
     items = rows(30)
     train, test = write(tmp_path / "train.csv", items), write(tmp_path / "test.csv", rows(5, 9) + items[3:5])
-    _, lines = measuring.read_tests(ftft.settings(
-        ["--ref", "r", "--main", "m", "--train", train, "--test", f"ood={test}"]))
+    _, lines = measuring.read_tests(settings("--train", train, "--test", f"ood={test}"))
     assert len(lines) == 1 and "2 also in the training set: its rows 5, 6" in lines[0]
 
 
@@ -414,11 +429,10 @@ def test_a_run_leaves_what_the_readme_lists(how, task, tmp_path, capsys):
     chosen, phase = json.loads((out / "selected.json").read_text()), run_json(out)["phases"][name]
     assert len(set(chosen["rows"])) == 24 and chosen["rows"] == sorted(chosen["rows"]) and phase["dev"]
     result = json.loads((out / "results.json").read_text())[name]
-    items = [json.loads(line) for line in open(tmp_path / "same.jsonl")]
     classify = transformers.pipeline("text-classification", str(out / name), device="cpu")
     assert classify.model.dtype == torch.float32
     right = [classify({"text": row["premise"], "text_pair": row["hypothesis"]})["label"] == row["label"]
-             for row in items]
+             for row in rows(20, 2)]
     assert result["id"]["same"]["accuracy"] == pytest.approx(np.mean(right))
     measuring.main([str(out)])
     assert capsys.readouterr().out.strip() in shown  # the same table, from disk
@@ -431,6 +445,7 @@ def test_costs_count_real_tokens_and_the_reference(task, tmp_path, models):
     for name in ("ref", "erm"):
         phase = run["phases"][name]
         assert (phase["tokens"], phase["examples"]) == (tokens, 3 * 48) and phase["padded_tokens"] > tokens
+        assert phase["used_rows"] == pytest.approx(15 / 18)  # all words but [UNK], [MASK] and never
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "erm")
     size = sum(p.numel() for name, p in model.named_parameters() if "embeddings.weight" not in name)
     assert run["phases"]["erm"]["flops"] == 6 * size * tokens
@@ -455,7 +470,8 @@ def test_saved_dynamics_serve_another_run_and_only_on_the_same_rows(task, tmp_pa
 
 def test_early_stopping_keeps_the_best_weights_and_erm_runs_on(task, tmp_path):
     turned = dict(zip(NLI, NLI[1:] + NLI[:1]))  # wrong dev labels: what is learnt makes the dev score fall
-    dev = write(tmp_path / "dev.tsv", [{**row, "label": turned[row["label"]]} for row in rows(60, 1)])
+    dev = write(tmp_path / "dev.tsv", [{**row, "premise": "never", "label": turned[row["label"]]}
+                                       for row in rows(60, 1)])  # a word that is not trained on
     cfg = main([*task, "--baselines", "erm", "--epochs", "12", "--out", f"{tmp_path}/run"])
     phases = run_json(tmp_path / "run")["phases"]
     scores = {name: [score for _, score in phases[name]["dev"]] for name in ("ftft", "erm")}
@@ -469,10 +485,13 @@ def test_early_stopping_keeps_the_best_weights_and_erm_runs_on(task, tmp_path):
         assert measuring.score(model, tokenizer, ftft.read(dev), cfg)["accuracy"] == max(scores[name])
 
 
-def test_without_a_dev_set_a_third_of_erms_steps_is_trained(task, tmp_path):
-    i = task.index("--dev")
-    main([*task[:i], *task[i + 2:], "--out", str(tmp_path / "run")])
+def test_without_a_dev_set_a_third_of_erms_steps_is_trained_by_an_unusual_model_too(task, tmp_path, capsys):
+    odd = tmp_path / "odd"
+    encoder("distilbert", vocab_size=18).save_pretrained(odd)
+    tiny()[1].save_pretrained(odd)
+    main([*task[:6], *task[8:], "--main", str(odd), "--out", str(tmp_path / "run")])
     assert run_json(tmp_path / "run")["phases"]["ftft"]["steps"] == 6  # ERM's would be 3 epochs of 6
+    assert capsys.readouterr().out.count("ftft: computed in transformers' own way") == 1
 
 
 def test_the_nli_files_of_their_authors_train_and_score(tmp_path, models):
@@ -481,8 +500,8 @@ def test_the_nli_files_of_their_authors_train_and_score(tmp_path, models):
     sentences = ("sentence1", "sentence2", "gold_label")
     put("multinli_1.0/multinli_1.0_train.jsonl", sentences, 40)
     for half in ("matched", "mismatched"):
-        path = f"multinli_1.0/multinli_1.0_dev_{half}.jsonl"
-        put(path, sentences, 9, lambda label: label.replace("neutral", "-"))
+        drop = lambda label: label.replace("neutral", "-")
+        put(f"multinli_1.0/multinli_1.0_dev_{half}.jsonl", sentences, 9, drop)
     for part in ("R1/dev", "R2/dev", "R3/dev", "R1/test", "R2/test", "R3/test"):
         put(f"anli_v1.0/{part}.jsonl", ("context", "hypothesis", "label"), 9, lambda label: label[0])
     put("heuristics_evaluation_set.jsonl", sentences, 9, merge)
@@ -498,40 +517,32 @@ def test_the_nli_files_of_their_authors_train_and_score(tmp_path, models):
 
 
 def test_the_hsd_files_of_their_authors_train_and_score(tmp_path, models):
-    items = [{"labels": NLI.index(row["label"]) % 2, "text": f'{row["hypothesis"]} "q"', "uid": i}
-             for i, row in enumerate(rows(40))]
+    items = [{"labels": NLI.index(row["label"]) % 2, "text": f'{row["hypothesis"]} "q"'} for row in rows(40)]
     sets = [f"r{r}_{form}" for r in (2, 3, 4) for form in ("original", "perturbation")]
-    for part in ("dev", "test"):
-        for path in ("cad/cad_uid.train", "cad/cad_uid.dev", *[f"dynahate/{name}.{part}" for name in sets]):
-            write(tmp_path / "data" / path, items)
+    files = [f"dynahate/{name}.{part}" for name in sets for part in ("dev", "test")]
+    for path in ("cad/cad_uid.train", "cad/cad_uid.dev", *files):
+        write(tmp_path / "data" / path, items)
     cfg = main(["--task", "hsd", "--data", f"{tmp_path}/data", "--ref", models[0], "--main", models[1],
                 "--epochs", "2", "--batch-size", "8", "--out", str(tmp_path / "run")])
     measuring.main([cfg.out])
     result = json.loads((tmp_path / "run" / "results.json").read_text())["ftft"]
-    assert list(result["adversarial"]) == [f"dynahate_{name}" for name in sets]
-    assert list(result["id"]) == ["cad_dev"]
+    assert [*result["id"], *result["adversarial"]] == ["cad_dev", *[f"dynahate_{name}" for name in sets]]
 
 
 def test_a_folder_laid_out_as_deberta_v3_on_the_hub_trains_in_float32(task, tmp_path):
-    folder = tmp_path
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(row["hypothesis"] for row in rows(200)), model_prefix=f"{folder}/spm",
+        sentence_iterator=(row["hypothesis"] for row in rows(200)), model_prefix=f"{tmp_path}/spm",
         vocab_size=30, minloglevel=2, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
         pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]")
-    config = transformers.DebertaV2Config(
-        vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        type_vocab_size=0, relative_attention=True, max_relative_positions=-1, position_buckets=256,
-        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
-        position_biased_input=False)
-    (folder / "config.json").write_text(config.to_json_string())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "vocab_type": "spm"}))
-    stored = transformers.DebertaV2Model(config).half().state_dict()
-    torch.save({f"deberta.{name}": value for name, value in stored.items()}, folder / "pytorch_model.bin")
-    model, tokenizer = ftft.load(str(folder), NLI, "cpu")
+    encoder("deberta-v2").config.to_json_file(tmp_path / "config.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "vocab_type": "spm"}))
+    stored = encoder("deberta-v2").deberta.half().state_dict()
+    torch.save({f"deberta.{name}": value for name, value in stored.items()}, tmp_path / "pytorch_model.bin")
+    model, tokenizer = ftft.load(str(tmp_path), NLI, "cpu")
     torch.testing.assert_close(model.deberta.embeddings.word_embeddings.weight,
                                stored["embeddings.word_embeddings.weight"].float())
     assert tokenizer.decode(tokenizer("red cat", "dog")["input_ids"]) == "[CLS] red cat[SEP] dog[SEP]"
-    main(["--main", str(folder), *task[:2], *task[4:], "--out", str(tmp_path / "run")])
+    main(["--main", str(tmp_path), *task[:2], *task[4:], "--out", str(tmp_path / "run")])
     classify = transformers.pipeline("text-classification", str(tmp_path / "run" / "ftft"), device="cpu")
     assert classify.model.dtype == torch.float32 and classify("red cat")[0]["label"] in NLI
 
@@ -550,15 +561,11 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
     "a label unknown to training": ({"--test": "id=odd.jsonl"}, "line 2: the training set has no label oth"),
     "a test set without a kind": ({"--test": "odd.jsonl"}, "id=FILE"),
     "two sets of one name": ({"--test": ["id=same.jsonl", "ood=same.jsonl"]}, "called same"),
-    "a fraction above one": ({"--fraction": "1.5"}, "--fraction"),
     "a fraction below a batch": ({"--fraction": "0.1"}, "fewer than a batch"),
     "one epoch": ({"--epochs": "1"}, "--epochs 1: must be above 1"),
     "no reference": ({"--ref": None}, "--ref"),
-    "a training file without models": ({"--ref": None, "--main": None}, "--main"),
     "an unknown task": ({"--train": None, "--task": "qa"}, "invalid choice: 'qa'"),
-    "a custom task without files": ({"--train": None, "--task": "custom"}, "'custom'"),
     "the built-in task with other data": ({"--train": None, "--task": "built-in"}, "--task built-in"),
-    "a blank label": ([ONE, {"text": "red", "label": " "}], "line 2"),
     "an unknown option": ({"--frobnicate": "1"}, "--frobnicate"),
     "no such device": ({"--device": "abacus"}, "abacus"),
     "a model folder without config": ({"--main": "."}, "cannot load the model ."),
@@ -590,18 +597,13 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(case, task, tmp_path, monkey
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_loss_that_is_no_number_names_the_step_and_keeps_what_was_saved(task, tmp_path, capsys):
+def test_a_loss_that_is_no_number_ends_the_run_which_is_not_scored(task, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*task, "--lr", "4e9", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and "step 3" in said and "learning rate" in said
     assert (tmp_path / "run" / "ref" / "dynamics.npz").exists() and not (tmp_path / "run" / "ftft").exists()
     assert list(run_json(tmp_path / "run")["phases"]) == ["ref"]
-
-
-def test_a_run_that_did_not_finish_is_not_scored(tmp_path, capsys):
-    run = {"config": {"select": "ambiguous", "baselines": ["erm"]}, "cost": {"ftft": 0.5}, "phases": {}}
-    (tmp_path / "run.json").write_text(json.dumps(run))
     with pytest.raises(SystemExit) as stopped:
-        measuring.main([str(tmp_path)])
+        measuring.main([str(tmp_path / "run")])
     assert stopped.value.code == 2 and "did not finish" in capsys.readouterr().err
