@@ -162,7 +162,7 @@ def records(source):
             for number, row in rows:
                 yield number, row
     except Exception as error:  # no network, no such file, not JSON, a quote never closed, ..
-        require(False, f"{source}: cannot be read after line {number} ({error}); mend it or give other data")
+        require(False, f"{source}: cannot be read after line {number} ({error}); mend it, or see --data")
 
 
 def read(source, like=None, limit=None):
