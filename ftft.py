@@ -12,8 +12,7 @@ robust, and a far smaller model can find them (Du, Gatt and Nguyen, arXiv 2310.0
   python ftft.py                                            # built-in task, offline, 70 s on two CPU cores
   python ftft.py --ref deberta-small --main deberta-large   # MultiNLI, then HANS, WANLI and ANLI
 
-An example has one name for life, its row in the training list: `dynamics[:, row]`, `variability[row]` and the
-numbers in selected.json speak of the same example, whichever model and tokenizer is at work.
+An example has one name for life, its row in the training list, whichever model and tokenizer is at work.
 """
 import argparse
 import collections
@@ -35,7 +34,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages of memory: faster on a CPU
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: faster on a CPU
 
 # ---------------------------------------------------------------- settings
 
@@ -94,7 +93,7 @@ def require(condition, message):
 
 def settings(argv=None):
     """The command line as Settings; what cannot work is refused here."""
-    logging.disable(logging.WARNING)  # of the libraries: their new heads and retries ask nothing of a user
+    logging.disable(logging.WARNING)  # the libraries' warnings (new heads, retries) ask nothing of a user
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: require(False, message)
@@ -108,15 +107,14 @@ def settings(argv=None):
         cfg = parser.parse_args(argv)
         require(not (data or cfg.limit), "--task built-in has its own data; leave out other data")
     cfg.task = "custom" if cfg.train else cfg.task or "nli"
-    uses_ref = cfg.select != "random" or {"hard", "easy"} & {*cfg.baselines}
-    require(cfg.main and (cfg.ref or cfg.dynamics or not uses_ref),
+    require(cfg.main and (cfg.ref or cfg.dynamics or {cfg.select, *cfg.baselines} <= {"random", "erm", "dm"}),
             "--ref or --main is missing: name two models, such as deberta-small and deberta-large")
     for name, value in vars(cfg).items():
         low, high = {"seed": (-1, 2**32), "epochs": (1, 999), "fraction": (0, 1)}.get(name, (0, 2**32))
         require(not isinstance(value, (int, float)) or low < value <= high,
                 f"--{name.replace('_', '-')} {value}: must be above {low} and at most {high}")
-    on_gpu = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    cfg.amp = cfg.amp or (on_gpu if cfg.device.startswith("cuda") else "off")
+    on_gpu = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cfg.amp = cfg.amp or ("off" if cfg.device == "cpu" else on_gpu)
     return Settings(**vars(cfg))
 
 
@@ -170,7 +168,7 @@ def read(source, like=None, limit=None):
     texts, golds, dropped, columns = [], [], 0, None
     for number, row in itertools.islice(records(source), limit):
         where = f"{source}, line {number}"
-        require(isinstance(row, dict), f'{where}: is no object like {{"text": "..", "label": ".."}}; mend it')
+        require(isinstance(row, dict) and None not in row, f"{where}: has no columns, or too many; mend it")
         if columns is None:
             columns = next((names for names in TEXT_COLUMNS if {*names} <= {*row}), ())
             gold = next((name for name in GOLD_COLUMNS if name in row), None)
@@ -254,8 +252,7 @@ def load(name, classes, device):
     """The pretrained model `name` on `device`, with a head for these classes, and its tokenizer. The head is
     new, unless the checkpoint has one for as many classes.
 
-    Weights are float32 whatever the checkpoint holds: DeBERTa-v3's are fp16, whose gradients GradScaler
-    refuses, and which bf16 autocast would go on training as fp16.
+    Weights are float32 whatever the checkpoint holds: DeBERTa-v3's are fp16, which GradScaler refuses.
     """
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
     try:
@@ -285,8 +282,8 @@ def backbone_size(model):
 
 
 # Tokenized examples. inputs: input_ids and, if any, token_type_ids, each a flat int32 array (1 + tokens,) of
-# the padding, then all examples end to end; starts (n + 1,): where each begins, and where the last ends;
-# lengths (n,): in tokens; labels (n,). All are on the device but lengths, which the host needs at each step.
+# the padding, in place 0, and all examples; starts (n + 1,): where each begins and the last ends; lengths
+# (n,): in tokens; labels (n,). All are on the device but lengths, which the host needs at each step.
 Encoded = collections.namedtuple("Encoded", "inputs starts lengths labels")
 
 
@@ -434,9 +431,8 @@ def select(how, fraction, seed, labels, dynamics=None):
 def compact_embeddings(model, ids):
     """The second: train those rows of the word-embedding table that stand in `ids`, and no others.
 
-    The others get no gradient, and AdamW without weight decay leaves a row without gradients as it is.
-    Returns the share of rows left and a function that puts them back into the whole table. A table that
-    shares its weights with another module is left alone.
+    The others get no gradient, and AdamW without weight decay leaves a row without gradients alone. Returns
+    the share kept and a function that restores the table. One whose weights are shared is left whole.
     """
     names = [name for name, weight in model.named_parameters(remove_duplicate=False)
              if weight.ndim == 2 and len(weight) == getattr(model.config, "vocab_size", None)]
@@ -461,46 +457,51 @@ def compact_embeddings(model, ids):
 
 def position_scores(self, query, key, buckets, embeddings, scale_factor):
     """What transformers' DisentangledSelfAttention.disentangled_attention_bias computes for DeBERTa: how much
-    tokens attend to each other for their distance alone, (batch * heads, queries, n), given `query` and `key`
-    (batch * heads, .., size), `buckets` of distances (1, n, n) and the buckets' `embeddings` (512, hidden).
+    tokens attend to each other for their distance alone, (batch * heads, n, n), given `query` and `key`
+    (batch * heads, n, size), `buckets` of distances (1, n, n) and the buckets' `embeddings` (512, hidden).
 
     There, each token is multiplied with all 512 buckets, and the result gathered from that; here, with the
-    distances n, .., -n only. Row i of that (.., 2n + 1) holds column j of the result in place n - i + j: each
-    row begins one place further left, which a stride of 2n instead of 2n + 1 sets right without a copy.
+    distances n, .., -n only: of 3 2 1 0 -1 -2 -3, row 0 wants 0 -1 -2, row 1 wants 1 0 -1, row 2 wants 2 1 0.
+    So each row begins one place further left, which a stride of 2n instead of 2n + 1 gives without a copy.
     """
-    n, heads, span = key.shape[1], self.num_attention_heads, self.pos_ebd_size
+    n, heads, span = query.shape[1], self.num_attention_heads, self.pos_ebd_size
     bucket = torch.cat([buckets[0, :, 0].flip(0), buckets[0, 0, 1:]]) + span  # of distances n - 1, .., 1 - n
-    bucket = F.pad(bucket.clamp(0, 2 * span - 1), (1, 1))                     # no tokens are n or -n apart
+    bucket = F.pad(bucket.clamp(0, 2 * span - 1), (1, 1))                     # n and -n are not used
     scale = math.sqrt(query.shape[2] * scale_factor)
 
-    def scores(content, position, columns):
+    def scores(content, position):
         content, position = content.unflatten(0, (-1, heads)), position.unflatten(1, (heads, -1)) / scale
-        product = torch.einsum("bhis,dhs->hbid", content, position).contiguous()  # (heads, batch, n, 2n + 1)
-        return product.as_strided((*product.shape[:3], columns), (*product.stride()[:2], 2 * n, 1), n)
+        product = torch.einsum("bhis,dhs->hbid", content, position).contiguous()  # d: the distances
+        return product.as_strided((*product.shape[:3], n), (*product.stride()[:2], 2 * n, 1), n)
 
-    of_query = scores(query, self.key_proj(embeddings[bucket]), n)
-    of_key = scores(key, self.query_proj(embeddings[bucket.flip(0)]), query.shape[1])
+    of_query = scores(query, self.key_proj(embeddings[bucket]))
+    of_key = scores(key, self.query_proj(embeddings[bucket.flip(0)]))  # distances from the key
     return (of_query + of_key.transpose(2, 3)).transpose(0, 1).flatten(0, 1)
 
 
+def dropout(self, x):
+    """torch.nn.Dropout with p in 16 bits: four values share a draw; one each is a tenth of a CPU's step."""
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    kept = bits[:x.numel()].view(x.shape) >= 2**16 * self.p - 2**15
+    return x * (kept / (1 - self.p)) if self.training else x
+
+
 def leave_out(model, data):
-    """The third and fourth: compute position_scores in DeBERTa, and in the last layer of any encoder only the
-    first token, the only one that a head reads. Returns whether the logits stay the same; they do not where
-    another version of transformers or another architecture works otherwise."""
+    """The third and fourth: compute position_scores in DeBERTa, and in an encoder's last layer only the first
+    token, which is all that a head reads. False where the logits change: another architecture or version."""
     rows = data.lengths.argsort()[[0, -1]]  # the shortest beside the longest, hence much padding
     with torch.no_grad():
         expected = model.eval()(**collate(data, rows)).logits
         try:
-            attentions = [layer.attention for layer in model.base_model.encoder.layer]
-            attentions[-1].output.register_forward_pre_hook(lambda _, args: tuple(x[:, :1] for x in args))
-            for attention in attentions:
-                if getattr(attention.self, "share_att_key", False) and len(attention.self.pos_att_type) == 2:
-                    attention.self.disentangled_attention_bias = position_scores.__get__(attention.self)
-            if hasattr(attention.self, "disentangled_attention_bias"):
-                attention.register_forward_pre_hook(lambda _, args, more: (
-                    (args[0], args[1][:, :, :1]), {**more, "query_states": args[0][:, :1]}), with_kwargs=True)
+            last = model.base_model.encoder.layer[-1].attention
+            last.output.register_forward_pre_hook(lambda _, args: tuple(x[:, :1] for x in args))
+            for module in model.modules():
+                if type(module) is torch.nn.Dropout and model.device.type == "cpu":
+                    module.forward = dropout.__get__(module)
+                if getattr(module, "share_att_key", False) and len(module.pos_att_type) == 2:
+                    module.disentangled_attention_bias = position_scores.__get__(module)
             return torch.allclose(model(**collate(data, rows)).logits, expected, atol=1e-5)
-        except (AttributeError, RuntimeError, TypeError):
+        except Exception:  # no such layers, other arguments or shapes
             return False
 
 
@@ -523,9 +524,9 @@ def fine_tune(name, rows, training, dev, cfg, run):
     """One phase: load a model, train it on these rows, keep the weights that did best on the dev sets, save
     them under `name`, enter it in run.json. The reference and ERM train on everything for whole epochs and
     return their training dynamics (epochs, n, classes); the others train for at most cfg.steps."""
-    everything, n = name in ("ref", "erm"), len(training.labels)
+    whole, n = name in ("ref", "erm"), len(training.labels)
     model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
-    steps = cfg.epochs * math.ceil(n / cfg.batch_size) if everything else cfg.steps
+    steps = cfg.epochs * math.ceil(n / cfg.batch_size) if whole else cfg.steps
     torch.manual_seed(cfg.seed)  # in every phase, so that none depends on what was trained before it
     model, tokenizer = load(model_name, training.names, cfg.device)
     data, *dev = [encode(tokenizer, examples, cfg) for examples in (training, *dev)]
@@ -533,8 +534,8 @@ def fine_tune(name, rows, training, dev, cfg, run):
         say(cfg, f"{name}: computed in transformers' own way, which is slower")
         model, _ = load(model_name, training.names, cfg.device)
     used_rows, restore = compact_embeddings(model, torch.cat([d.inputs["input_ids"] for d in (data, *dev)]))
-    shape = cfg.epochs, n, len(training.names)
-    dynamics = torch.full(shape, math.nan, device=cfg.device) if everything else None  # NaN: not visited yet
+    # NaN: not visited yet
+    dynamics = torch.full((cfg.epochs, n, model.num_labels), math.nan, device=cfg.device) if whole else None
     points = {math.ceil(steps * i / 12) for i in range(1, 13)} if dev else set()
     metric = "macro_f1" if cfg.task == "hsd" else "accuracy"
     scores, best, total = [], None, 0.0
@@ -553,7 +554,7 @@ def fine_tune(name, rows, training, dev, cfg, run):
             since_best = len(scores) - 1 - int(np.argmax(scores))
             if since_best == 0:
                 best = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-            if since_best == cfg.patience and not everything:
+            if since_best == cfg.patience and not whole:
                 break
         began = time.perf_counter()  # evaluation is not counted
     model.load_state_dict(best or model.state_dict())
@@ -564,7 +565,7 @@ def fine_tune(name, rows, training, dev, cfg, run):
         "seconds": seconds, "examples_per_second": count["examples"] / seconds,
         "flops": per_token * count["tokens"], "dev": [*map(list, zip(sorted(points), scores))],
         "erm_flops": per_token * data.lengths.sum().item() * cfg.epochs}  # what ERM costs with this model
-    dynamics = dynamics.cpu() if everything else None
+    dynamics = dynamics.cpu() if whole else None
     save(Path(cfg.out) / name, model, tokenizer, training, dynamics, run["phases"][name]["flops"])
     write_json(Path(cfg.out) / "run.json", run)
     say(cfg, f"{name}: {step} steps, {count['examples']:,} examples, {seconds:.0f} s")
@@ -600,9 +601,8 @@ def main(cfg):
     n = len(training.labels)
     require(round(cfg.fraction * n) >= cfg.batch_size, f"--fraction {cfg.fraction}: keeps fewer than a batch")
     dynamics, ref_flops = load_dynamics(cfg.dynamics, training) if cfg.dynamics else (None, 0)
-    for name in filter(None, (cfg.ref, cfg.main)):  # better found missing now than after days of training
-        model, _ = load(name, training.names, cfg.device)
-    lr = cfg.lr or (1e-5 if backbone_size(model) > 200e6 else 2e-5)  # of the main model, loaded last
+    sizes = [backbone_size(load(name, training.names, cfg.device)[0]) for name in (cfg.ref, cfg.main) if name]
+    lr = cfg.lr or (1e-5 if sizes[-1] > 200e6 else 2e-5)  # and better to miss a model now than after days
     free = next(path for i in itertools.count(1) if not (path := Path(f"runs/{cfg.task}-{i}")).exists())
     erm_steps = cfg.epochs * math.ceil(n / cfg.batch_size)
     steps = cfg.steps or (erm_steps if dev else max(1, round(erm_steps / 3)))
@@ -613,7 +613,7 @@ def main(cfg):
         require(False, f"--out {cfg.out}: cannot be made ({error.strerror}); name another folder")
     run = {"config": dataclasses.asdict(cfg), "phases": {}, "cost": {},
            "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
-           "device": torch.cuda.get_device_name() if cfg.device.startswith("cuda") else cfg.device}
+           "device": torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else cfg.device}
     write_json(Path(cfg.out) / "run.json", run)
     say(cfg, f"{cfg.out}: {n:,} training rows, {training.dropped:,} more dropped as unlabelled")
 
