@@ -71,7 +71,7 @@ def read_tests(cfg):
         require(kind in KINDS and path, f"--test {kind}: write id=FILE, ood=FILE or adversarial=FILE")
     wanted = [(kind, Path(path).stem, path) for kind, path in given]
     if not wanted:
-        wanted = [(kind, name, str(Path(cfg.data) / file) if cfg.data else hub)
+        wanted = [(kind, name, f"{cfg.data}/{file}" if cfg.data else hub or file)
                   for kind, name, hub, file in TESTS.get(cfg.task, [])]
     tests, lines, known = {}, [], set(training.texts)
     classes = len(training.names)

@@ -125,8 +125,8 @@ def settings(argv=None):
 TASKS = {
     "nli": [("nyu-mll/multi_nli:train", "multinli_1.0/multinli_1.0_train.jsonl"),
             *[(f"facebook/anli:dev_r{r}", f"anli_v1.0/R{r}/dev.jsonl") for r in (1, 2, 3)]],
-    "hsd": [(None, "cad/cad_uid.train"),
-            *[(None, f"dynahate/r{r}_{form}.dev") for r in "234" for form in ("original", "perturbation")]]}
+    "hsd": [(file, file) for file in ("cad/cad_uid.train", *(  # not on the Hub: here, if not under --data
+        f"dynahate/r{r}_{form}.dev" for r in "234" for form in ("original", "perturbation")))]}
 TEXT_COLUMNS = [("premise", "hypothesis"), ("sentence1", "sentence2"), ("context", "hypothesis"),
                 ("text1", "text2"), ("text",), ("sentence",)]
 GOLD_COLUMNS = ["label", "gold_label", "gold", "labels"]
@@ -197,8 +197,7 @@ def load_task(cfg):
     """(training Examples, [dev Examples, ..]), read and checked."""
     if cfg.task == "built-in":
         return built_in()[0]["train"], []
-    sources = [hub if hub and not cfg.data else str(Path(cfg.data or ".") / file)
-               for hub, file in TASKS.get(cfg.task, [])]
+    sources = [f"{cfg.data}/{file}" if cfg.data else hub for hub, file in TASKS.get(cfg.task, [])]
     source, *dev = sources or [cfg.train]
     training = read(source, limit=cfg.limit)
     require(len(training.names) > 1, f"{source}: has one class only; give rows of two or more")
@@ -481,9 +480,10 @@ def position_scores(self, query, key, buckets, embeddings, scale_factor):
 
 def dropout(self, x):
     """torch.nn.Dropout with p in 16 bits: four values share a draw; one each is a tenth of a CPU's step."""
+    if not self.training:
+        return x
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-    kept = bits[:x.numel()].view(x.shape) >= 2**16 * self.p - 2**15
-    return x * (kept / (1 - self.p)) if self.training else x
+    return x * ((bits[:x.numel()].view(x.shape) >= 2**16 * self.p - 2**15) / (1 - self.p))
 
 
 def leave_out(model, data):
