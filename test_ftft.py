@@ -242,8 +242,7 @@ def test_embeddings_not_in_use_are_left_out_and_put_back(kind):
     data = token_data([3, 9, 5, 4, 7, 8, 6, 5, 3, 9], 30, plain.config.pad_token_id)
     used = data.inputs["input_ids"].unique()
     share, restore = ftft.compact_embeddings(fast, data.inputs["input_ids"])
-    left, whole = fast.get_input_embeddings().weight, plain.get_input_embeddings().weight
-    assert len(left) == len(used) == pytest.approx(48 * share) and len(whole) == 48
+    assert len(fast.get_input_embeddings().weight) == len(used) == pytest.approx(48 * share)
     with pytest.raises(IndexError):
         fast(torch.tensor([[40]]))
     for model in (plain, fast):
@@ -252,8 +251,9 @@ def test_embeddings_not_in_use_are_left_out_and_put_back(kind):
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(fast.state_dict()[name], weight, atol=1e-6, rtol=0)
     restored, first = (model.get_input_embeddings().weight for model in (fast, before))
-    unseen = [i for i in range(48) if i not in used]
+    unseen = torch.tensor([[i for i in range(48) if i not in used]])
     assert torch.equal(restored[unseen], first[unseen]) and not torch.equal(restored, first)
+    assert torch.allclose(fast.eval()(unseen).logits, plain.eval()(unseen).logits, atol=1e-5)
 
 
 def test_shared_embeddings_and_unusual_models_are_left_alone():
@@ -264,6 +264,7 @@ def test_shared_embeddings_and_unusual_models_are_left_alone():
     last_token = encoder("bert")
     last_token.bert.pooler.register_forward_pre_hook(lambda _, states: (states[0].flip(1),))
     for model, fits in ((last_token, False), (encoder("deberta-v2", pos_att_type=["c2p"]), True)):
+        model.load_state_dict({name: 5 * value for name, value in model.state_dict().items()})  # to see it
         assert ftft.leave_out(model, token_data([5, 9, 200], 48, 0)) == fits
 
 
@@ -347,8 +348,7 @@ def test_every_form_of_file_and_label_reads_the_same(tmp_path):
     forms = [("a.jsonl", ("premise", "hypothesis", "label"), str),
              ("b.csv", ("sentence1", "sentence2", "gold_label"), str),
              ("c.tsv", ("context", "hypothesis", "gold"), lambda label: label[0]),
-             ("d.csv", ("text1", "text2", "labels"), NLI.index),
-             ("e.jsonl", ("text1", "text2", "label"), NLI.index)]
+             ("d.csv", ("text1", "text2", "labels"), NLI.index)]
     for name, columns, form in forms:
         read = ftft.read(write(tmp_path / name, renamed(items, columns, form)))
         assert read.texts == want and read.labels.tolist() == [NLI.index(row["label"]) for row in items]
@@ -400,7 +400,6 @@ def test_a_set_labelled_x_and_non_x_merges_the_other_classes(tmp_path):
     with torch.no_grad():  # a new model gives most rows one class: centre its logits, so that answers differ
         model.classifier.bias -= model.eval()(**tokenize(tokenizer, items)).logits.mean(0)
         answers = model(**tokenize(tokenizer, items)).logits.argmax(1).tolist()
-    assert {*answers} == {0, 1, 2}
     chosen, gold = [merge(NLI[i]) for i in answers], [merge(row["label"]) for row in items]
     right = {name: sum(a == b == name for a, b in zip(chosen, gold)) for name in set(gold)}
     f1 = [2 * right[name] / (chosen + gold).count(name) for name in right]
@@ -482,9 +481,8 @@ def test_early_stopping_keeps_the_best_weights_and_erm_runs_on(task, tmp_path):
     phases = run_json(tmp_path / "run")["phases"]
     scores = {name: [score for _, score in phases[name]["dev"]] for name in ("ftft", "erm")}
     assert [step for step, _ in phases["erm"]["dev"]] == [6 * i for i in range(1, 13)]
-    assert phases["ftft"]["steps"] == 6 * len(scores["ftft"]) < 72
+    assert phases["ftft"]["steps"] == 6 * len(scores["ftft"]) < 72 and scores["erm"][-1] < max(scores["erm"])
     assert scores["ftft"].index(max(scores["ftft"])) == len(scores["ftft"]) - 3  # patience is 2
-    assert scores["erm"][-1] < max(scores["erm"])
     for name in scores:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / name)
@@ -560,6 +558,7 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
     "not utf-8": (b'{"text": "\xff", "label": "a"}\n', "cannot be read"),
     "no label column": ([{"text": "red"}], "label column"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
+    "more fields than columns": ({"--train": "wide.csv"}, "line 3: has no columns, or too many"),
     "one class only": ([ONE] * 40, "one class"),
     "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "pairs"),
     "a label unknown to training": ({"--test": "id=odd.jsonl"}, "line 2: the training set has no label oth"),
@@ -581,6 +580,7 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
 def test_bad_input_ends_in_one_line_and_exit_code_2(case, task, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     bad, named = BAD[case]
+    (tmp_path / "wide.csv").write_text("text,label\nred,a\nred, green,b\n")
     write(tmp_path / "odd.jsonl", [*rows(1), {**rows(1)[0], "label": "other"}])
     args, key = {"--out": ["run"]}, None
     for word in task:
