@@ -488,7 +488,7 @@ def dropout(self, x):
 
 def leave_out(model, data):
     """The third and fourth: compute position_scores in DeBERTa, and in an encoder's last layer only the first
-    token, which is all that a head reads. False where the logits change: another architecture or version."""
+    token, all that a head reads; on a CPU, dropout too. False where logits change: an unlike architecture."""
     rows = data.lengths.argsort()[[0, -1]]  # the shortest beside the longest, hence much padding
     with torch.no_grad():
         expected = model.eval()(**collate(data, rows)).logits
