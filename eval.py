@@ -111,8 +111,8 @@ def score_run(folder):
         say(cfg, line)
     results = {}
     for method in sorted(run["phases"], key=METHODS.index):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / method)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / method)
+        model, tokenizer = (auto.from_pretrained(folder / method, trust_remote_code=False) for auto in (
+            transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer))
         model.to(cfg.device)
         results[method] = {kind: {} for kind in KINDS}
         for (kind, name), examples in tests.items():

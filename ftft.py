@@ -158,6 +158,7 @@ def records(source):
                 table = csv.DictReader(file, header, delimiter="," if suffix == ".csv" else "\t", strict=True)
                 rows = ((table.line_num, row) for row in table)
             for number, row in rows:
+                json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, as JSON's \ud800 is
                 yield number, row
     except Exception as error:  # no network, no such file, not JSON, a quote never closed, ..
         require(False, f"{source}: cannot be read after line {number} ({error}); mend it, or see --data")
@@ -253,6 +254,7 @@ def load(name, classes, device):
 
     Weights are float32 whatever the checkpoint holds: DeBERTa-v3's are fp16, which GradScaler refuses.
     """
+    hub = MODELS.get(name, name)
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
     try:
         if name in (BUILT_IN["ref"], BUILT_IN["main"]):
@@ -264,8 +266,8 @@ def load(name, classes, device):
                 hidden_size=width, intermediate_size=4 * width, **labels))
         else:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                MODELS.get(name, name), dtype=torch.float32, ignore_mismatched_sizes=True, **labels)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(MODELS.get(name, name))
+                hub, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **labels)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(hub, trust_remote_code=False)
         model.to(device)
     except Exception as error:  # no config.json, an unknown architecture, no network, no such device, ..
         require(False, f"cannot load the model {name} on {device} ({error}); give a short name, a Hub id "

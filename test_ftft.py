@@ -3,6 +3,8 @@ import copy
 import csv
 import json
 import math
+import pickle
+import random
 
 import datasets
 import numpy as np
@@ -113,6 +115,16 @@ def main(argv):
     cfg = ftft.settings(argv)
     measuring.read_tests(cfg)
     return ftft.main(cfg)
+
+
+def refused(argv, capfd):
+    """The one line that ends these arguments' run."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1, said
+    return said
 
 
 def run_json(path):
@@ -551,12 +563,60 @@ def test_a_folder_laid_out_as_deberta_v3_on_the_hub_loads_in_float32(tmp_path):
 
 # ---------------------------------------------------------------- bad input
 
+
+class Bomb:
+    """Makes a file of this name where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_file_is_executed(task, tmp_path, capfd):
+    hit, code, objects = tmp_path / "hit", tmp_path / "code", tmp_path / "objects" / "dynamics.npz"
+    for part in tiny():
+        for folder in ("code", "weights"):
+            part.save_pretrained(tmp_path / folder)
+    (tmp_path / "weights" / "model.safetensors").unlink()
+    (tmp_path / "weights" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(hit), 2))
+    config = json.loads((code / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForSequenceClassification": "own.Own"}
+    (code / "config.json").write_text(json.dumps(config))
+    (code / "own.py").write_text(f"open({str(hit)!r}, 'w')\nclass Own: pass\n")
+    objects.parent.mkdir()
+    np.savez(objects, logits=np.array([Bomb(hit)]))
+    for option, folder in (("--main", "weights"), ("--main", "code"), ("--dynamics", "objects")):
+        assert folder in refused([*task, option, str(tmp_path / folder)], capfd) and not hit.exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+def test_a_garbled_file_is_read_or_refused_in_one_line(kind, tmp_path, capfd):
+    dice, path = random.Random(kind), tmp_path / f"garbled.{kind}"
+    pieces = b'\0 \xff \xef\xbb\xbf " , \t \r \n\n { NaN null [1] \\ud800 \xe2\x80\xa8'.split(b" ")
+    pieces += [b"9" * 5000, b"x" * 200_000, b""]
+    for _ in range(60):
+        content = open(write(path, rows(6)), "rb").read()
+        for _ in range(dice.randint(1, 3)):
+            place = dice.randrange(len(content))
+            content = content[:place] + dice.choice(pieces) + content[place + dice.choice([0, 1, 99]):]
+        path.write_bytes(content)
+        try:
+            ftft.encode(tiny()[1], ftft.read(str(path)), settings())
+        except SystemExit:
+            assert capfd.readouterr().err.count("\n") == 1
+
+
 ONE = {"text": "red", "label": "a"}
 BAD = {  # what the training file holds, or which arguments are changed -> what the line must name
     "missing file": ({"--train": "nowhere.jsonl"}, "nowhere.jsonl"),
     "empty file": ([], "labelled row"),
     "not utf-8": (b'{"text": "\xff", "label": "a"}\n', "cannot be read"),
     "no label column": ([{"text": "red"}], "label column"),
+    "a line that is no object": ([ONE, [1]], "line 2"),
+    "a folder below a file": ({"--out": "train.jsonl/run"}, "--out train.jsonl/run"),
+    "a folder in place of a file": ({"--dev": "folder.csv"}, "folder.csv"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
     "more fields than columns": ({"--train": "wide.csv"}, "line 3: has no columns, or too many"),
     "one class only": ([ONE] * 40, "one class"),
@@ -581,6 +641,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(case, task, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     bad, named = BAD[case]
     (tmp_path / "wide.csv").write_text("text,label\nred,a\nred, green,b\n")
+    (tmp_path / "folder.csv").mkdir()
     write(tmp_path / "odd.jsonl", [*rows(1), {**rows(1)[0], "label": "other"}])
     args, key = {"--out": ["run"]}, None
     for word in task:
