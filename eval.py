@@ -157,7 +157,7 @@ def load_run(folder):
     require((folder / "run.json").exists(), f"{folder}: no run.json there; name the folder of a run")
     if not (folder / "results.json").exists():
         run = json.loads((folder / "run.json").read_text())
-        require(finished(run), f"{folder}: this run did not finish; start it anew")
+        require(finished(run), f"{folder}: did not finish; continue it: python ftft.py --resume {folder}")
         score_run(folder)
     return json.loads((folder / "run.json").read_text()), json.loads((folder / "results.json").read_text())
 

@@ -16,21 +16,27 @@ An example has one name for life, its row in the training list, whichever model 
 """
 import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import shutil
+import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 
@@ -60,6 +66,7 @@ class Settings:
     test: tuple = option((), "files to report on, each as id=FILE, ood=FILE or adversarial=FILE")
     limit: int = option(None, "take the first N training rows only")
     out: str = option(None, "folder for the run, a new one (default: runs/TASK-1, -2, ..)")
+    resume: str = option(None, "continue the run in this folder; all other settings are its own")
     # the training
     epochs: int = option(4, "epochs of the reference model and of ERM (default: 4)")
     steps: int = option(None, "budget of the other models (default: ERM's; a third of it without dev sets)")
@@ -91,6 +98,15 @@ def require(condition, message):
         raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def refusing(what, remedy, errors=Exception):
+    """What fails inside is the user's to mend: said in the line that `require` prints."""
+    try:
+        yield
+    except errors as error:
+        require(False, f"{what} ({error}); {remedy}")
+
+
 def settings(argv=None):
     """The command line as Settings; what cannot work is refused here."""
     logging.disable(logging.WARNING)  # the libraries' warnings (new heads, retries) ask nothing of a user
@@ -101,11 +117,17 @@ def settings(argv=None):
         more = {**field.metadata, **(dict(nargs="+") if field.type is tuple else dict(type=field.type))}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **more)
     cfg = parser.parse_args(argv)
+    if cfg.resume:
+        require(sum(value != parser.get_default(key) for key, value in vars(cfg).items()) == 1,
+                "--resume: all settings are the run's; give no other")
+        with refusing(f"--resume {cfg.resume}: cannot be read", "name the folder of a run"):
+            config = json.loads(Path(cfg.resume, "run.json").read_text())["config"]
+            return Settings(**config | {"out": cfg.resume, "resume": cfg.resume})
     data = cfg.data or cfg.train or cfg.dev or cfg.test
     if cfg.task == "built-in" or not (cfg.task or cfg.ref or cfg.main or cfg.dynamics or data):
         parser.set_defaults(**BUILT_IN)
-        cfg = parser.parse_args(argv)
         require(not (data or cfg.limit), "--task built-in has its own data; leave out other data")
+    cfg = parser.parse_args(argv)
     cfg.task = "custom" if cfg.train else cfg.task or "nli"
     require(cfg.main and (cfg.ref or cfg.dynamics or {cfg.select, *cfg.baselines} <= {"random", "erm", "dm"}),
             "--ref or --main is missing: name two models, such as deberta-small and deberta-large")
@@ -143,23 +165,22 @@ def records(source):
     kinds = (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test")
     require(on_hub or suffix in kinds, f"{source}: is of no kind that is read; give .jsonl, .csv or .tsv")
     try:
+        lines = None if on_hub else open(source, encoding="utf-8-sig", newline="")
         if on_hub:
             path, split = source.split(":")
             table = datasets.load_dataset(path, split=split)
             names = {name: kind.names for name, kind in table.features.items() if hasattr(kind, "names")}
-            for number, row in enumerate(table, 1):  # class numbers become names: every set has its own order
-                yield number, row | {k: v[row[k]] for k, v in names.items() if row[k] not in (None, -1)}
-            return
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            if suffix == ".jsonl":
-                rows = ((number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip())
-            else:  # CAD and DynaHate (.train, .dev, .test) are released without a header
-                header = None if suffix in (".csv", ".tsv") else ["labels", "text", "uid"]
-                table = csv.DictReader(file, header, delimiter="," if suffix == ".csv" else "\t", strict=True)
-                rows = ((table.line_num, row) for row in table)
-            for number, row in rows:
-                json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, as JSON's \ud800 is
-                yield number, row
+            rows = ((i, row | {k: v[row[k]] for k, v in names.items() if row[k] not in (None, -1)})
+                    for i, row in enumerate(table, 1))  # names, as every set numbers its classes its own way
+        elif suffix == ".jsonl":
+            rows = ((i, json.loads(line)) for i, line in enumerate(lines, 1) if line.strip())
+        else:  # CAD and DynaHate (.train, .dev, .test) are released without a header
+            header = None if suffix in (".csv", ".tsv") else ["labels", "text", "uid"]
+            table = csv.DictReader(lines, header, delimiter="," if suffix == ".csv" else "\t", strict=True)
+            rows = ((table.line_num, row) for row in table)
+        for number, row in rows:
+            json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, as JSON's \ud800 is
+            yield number, row
     except Exception as error:  # no network, no such file, not JSON, a quote never closed, ..
         require(False, f"{source}: cannot be read after line {number} ({error}); mend it, or see --data")
 
@@ -256,7 +277,8 @@ def load(name, classes, device):
     """
     hub = MODELS.get(name, name)
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    try:
+    remedy = "give a short name, a Hub id or a folder with config.json, weights and tokenizer"
+    with refusing(f"cannot load the model {name} on {device}", remedy):
         if name in (BUILT_IN["ref"], BUILT_IN["main"]):
             layers, width = map(int, name.removeprefix("built-in-").split("x"))
             words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
@@ -269,9 +291,6 @@ def load(name, classes, device):
                 hub, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **labels)
             tokenizer = transformers.AutoTokenizer.from_pretrained(hub, trust_remote_code=False)
         model.to(device)
-    except Exception as error:  # no config.json, an unknown architecture, no network, no such device, ..
-        require(False, f"cannot load the model {name} on {device} ({error}); give a short name, a Hub id "
-                       "or a folder with config.json, weights and tokenizer, or run python ftft.py alone")
     require(tokenizer.pad_token, f"the model {name} has no padding token; take an encoder such as bert-tiny")
     return model, tokenizer
 
@@ -334,33 +353,48 @@ def autocast(cfg):
     return torch.autocast(torch.device(cfg.device).type, dtype, enabled=dtype is not None)
 
 
-def train(model, data, rows, steps, lr, cfg, dynamics=None):
-    """Fine-tune `model` in place on these rows. A generator: after each step it yields (rows, padded tokens,
-    loss), so that the caller can count, evaluate and stop.
+def ranks():
+    """(number of this process, how many there are): (0, 1), unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def train(model, data, rows, steps, lr, cfg, dynamics=(), saved={}):
+    """Fine-tune `model` in place on these rows. A generator: after each step it yields (step, rows, loss,
+    parts), so that the caller can count, evaluate, save and stop. `parts` {name: ..} are what a checkpoint
+    must hold by their state_dict(); given such a checkpoint as `saved`, training goes on after its step.
 
     `dynamics` (epochs, n, classes), where given, takes the logits that the loop has anyway: in training mode
     (dropout on) and before the update, as in dataset cartography and the authors' code.
     """
+    rank, world = ranks()
+    if world > 1:  # each rank trains on its share of every batch
+        model = torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-6, weight_decay=0.0, fused=True)
-    warmup = max(1, round(0.1 * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(step / warmup, (steps - step) / max(1, steps - warmup)))
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, max(1, round(0.1 * steps)), steps)
     scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.amp == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    for name in parts.keys() & saved.keys():
+        parts[name].load_state_dict(saved.pop(name))
+    done = saved.get("step", 0)
     order = ((epoch, batch) for epoch in itertools.count()
              for batch in batches(rows, data.lengths, cfg.batch_size, cfg.seed, epoch))
-    for epoch, batch in itertools.islice(order, steps):
+    for step, (epoch, batch) in enumerate(itertools.islice(order, done, steps), done + 1):
         model.train()  # at every step, since the caller may evaluate in between
-        padded, loss = 0, 0.0
-        for part in batch.split(math.ceil(cfg.batch_size / cfg.grad_accum)):
+        torch.manual_seed(cfg.seed + 1_000_003 * (step * world + rank))  # so dropout has no state to save
+        # Losses are summed, then divided by the whole step's rows: each weighs the same, however the batch is
+        # cut. (Times world, as ranks are averaged; a rank without rows takes one along at no weight.)
+        mine, weight = (batch[rank::world], world / len(batch)) if rank < len(batch) else (batch[:1], 0.0)
+        pieces, loss = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum)), 0.0
+        for part in pieces:
+            model.require_backward_grad_sync = part is pieces[-1]  # DDP: add up the ranks but once
             inputs, there = collate(data, part), part.to(data.labels.device, non_blocking=True)
             with autocast(cfg):
                 logits = model(**inputs).logits.float()                         # (rows, classes)
-            # Summed, then divided by the whole step's rows: each weighs the same, however the batch is cut.
-            part_loss = F.cross_entropy(logits, data.labels[there], reduction="sum") / len(batch)
+            part_loss = F.cross_entropy(logits, data.labels[there], reduction="sum") * weight
             scaler.scale(part_loss).backward()
-            if dynamics is not None:
+            if weight and epoch < len(dynamics):
                 dynamics[epoch, there] = logits.detach()
-            padded, loss = padded + inputs["input_ids"].numel(), loss + part_loss.detach()
+            loss += part_loss.detach()
         scaler.unscale_(optimizer)  # so that clipping sees the true gradients
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scale = scaler.get_scale()
@@ -369,7 +403,7 @@ def train(model, data, rows, steps, lr, cfg, dynamics=None):
         if scaler.get_scale() >= scale:  # a smaller scale means that fp16 overflowed and no step was taken
             schedule.step()
         optimizer.zero_grad()
-        yield batch, padded, loss
+        yield step, batch, loss, parts
 
 
 @torch.no_grad()
@@ -402,7 +436,7 @@ def data_map(dynamics, labels):
     correctness  share of epochs in which the gold label was predicted
     forgetting   how often it was predicted in one epoch and no longer in the next (Toneva et al. 2019)
     """
-    assert not dynamics.isnan().any(), "an example was not visited in every epoch"
+    assert dynamics.isfinite().all(), "an example was not visited in every epoch"
     gold = labels.expand(len(dynamics), -1)[..., None]                          # (epochs, n, 1)
     p_gold = dynamics.softmax(-1).gather(-1, gold).squeeze(-1)                  # (epochs, n)
     right = dynamics.argmax(-1) == labels                                       # (epochs, n)
@@ -507,28 +541,119 @@ def leave_out(model, data):
             return False
 
 
-# ---------------------------------------------------------------- the run
+# ---------------------------------------------------------------- files, signals and other processes
+
+# Not the method: what a run of days needs. Stopped at any moment, it can go on to the very same result.
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def write(path, put):
+    """Have `put` write a file or folder beside `path`, then flush and rename it: whoever looks at `path`, at
+    whatever moment the run is killed, finds it whole. Of several processes only the first writes."""
+    partial = path.with_name(path.name + ".partial")
+    if ranks()[0] == 0:
+        with refusing(f"{path}: cannot be written", "make room, then continue with --resume"):
+            path.parent.mkdir(exist_ok=True)
+            put(partial)
+            for file in partial.iterdir() if partial.is_dir() else [partial]:
+                with open(file, "rb+") as written:
+                    os.fsync(written)
+            partial.replace(path)
 
 
 def write_json(path, value):
-    """Write under another name, then rename: whoever looks at `path`, whenever, finds a whole file."""
-    Path(f"{path}.partial").write_text(json.dumps(value, indent=1))
-    Path(f"{path}.partial").replace(path)
+    write(path, lambda partial: partial.write_text(json.dumps(value, indent=1)))
 
 
 def say(cfg, line):
-    print(line, flush=True)
-    with open(Path(cfg.out) / "log.txt", "a") as log:
-        print(line, file=log)
+    if ranks()[0] == 0:
+        print(line, flush=True)
+        with refusing(f"{cfg.out}: cannot be written", "make room"), open(f"{cfg.out}/log.txt", "a") as log:
+            print(line, file=log)
+
+
+def leave(cfg, number, _=None):
+    """What SIGINT (Ctrl-C) and SIGTERM (a scheduler) do."""
+    launcher = "python" if ranks()[1] == 1 else f"torchrun --nproc-per-node {ranks()[1]}"
+    say(cfg, f"stopped; to continue: {launcher} ftft.py --resume {cfg.out}")
+    raise SystemExit(128 + number)
+
+
+def max_over_ranks(tensor):
+    """Each number's largest over all processes, NaN counting as none: in place, in every process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor.nan_to_num_(-math.inf, neginf=-math.inf), dist.ReduceOp.MAX)
+    return tensor
+
+
+def newest_checkpoint(cfg, name):
+    """The newest of this phase that is whole; None without one. Nothing in it is executed."""
+    for path in sorted(Path(cfg.out, "checkpoint").glob(f"{name}-*.pt"), reverse=True):
+        with contextlib.suppress(Exception):
+            if not zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
+                return torch.load(path, map_location="cpu", weights_only=True)
+        say(cfg, f"{path}: is broken; going back to the one before")
+
+
+# ---------------------------------------------------------------- the run
+
+
+def learn(name, model, data, dev, rows, steps, lr, cfg, state):
+    """Train, evaluate 12 times, keep the best weights in `state` and stop when they stay the best. `state` is
+    saved then, too, and after each epoch; one that was loaded goes on where it was saved."""
+    count, dynamics = state["count"], state["dynamics"].to(cfg.device)
+    points = {math.ceil(steps * i / 12) for i in range(1, 13)}
+    saves = points | {*range(0, steps, math.ceil(len(rows) / cfg.batch_size))}
+    metric = "macro_f1" if cfg.task == "hsd" else "accuracy"
+    began, stopped, folder = time.perf_counter(), [0], Path(cfg.out, "checkpoint")
+    # Signals are noted only, since a step is taken whole or not at all.
+    usual = [signal.signal(number, lambda number, _: stopped.append(number)) for number in SIGNALS]
+    for step, batch, loss, parts in train(model, data, rows, steps, lr, cfg, dynamics, state):
+        count.update(steps=1, examples=len(batch), tokens=int(data.lengths[batch].sum()),
+                     padded_tokens=len(batch) * int(data.lengths[batch].max()))
+        stop = max_over_ranks(torch.tensor(stopped[-1])).item()
+        if step % 50 and step not in saves and not stop:
+            continue  # only now and then does the host wait for the device, to look at its numbers
+        require(loss.isfinite(), f"{name}: the loss is not finite at step {step}; lower its learning rate")
+        require(parts["scaler"].get_scale() > 1e-3, f"{name}: fp16 overflows at every step; try --amp off")
+        count["seconds"] += time.perf_counter() - began  # evaluation is not counted
+        if dev and step in points:
+            score = [metrics(predict(model, part, cfg).argmax(1), part.labels.cpu())[metric] for part in dev]
+            state["dev"].append([step, max_over_ranks(torch.tensor(np.mean(score))).item()])
+            scores = [score for _, score in state["dev"]]
+            since_best = len(scores) - 1 - scores.index(max(scores))
+            if since_best == 0:
+                state["best"] = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+            if since_best == cfg.patience and not len(dynamics):  # never the reference or ERM, which log them
+                break
+        if step in saves or stop:
+            say(cfg, f"{name}: step {step} of {steps}, loss {loss:.3f}")
+            max_over_ranks(dynamics)  # each rank has visited other rows
+            state |= {"step": step, "dynamics": dynamics}
+            checkpoint = state | {key: part.state_dict() for key, part in parts.items()}
+            write(folder / f"{name}-{step:09}.pt", functools.partial(torch.save, checkpoint))
+            for old in {*folder.glob("*.pt")} - {*sorted(folder.glob(f"{name}-*.pt"))[-2:]}:
+                old.unlink(missing_ok=True)  # all but two, should the newest be broken
+        if stop:
+            leave(cfg, stop)
+        began = time.perf_counter()
+    if stop := max_over_ranks(torch.tensor(stopped[-1])).item():  # during the last evaluation
+        leave(cfg, stop)
+    for number, action in zip(SIGNALS, usual):
+        signal.signal(number, action)
+    state["dynamics"] = dynamics.cpu()
 
 
 def fine_tune(name, rows, training, dev, cfg, run):
     """One phase: load a model, train it on these rows, keep the weights that did best on the dev sets, save
     them under `name`, enter it in run.json. The reference and ERM train on everything for whole epochs and
     return their training dynamics (epochs, n, classes); the others train for at most cfg.steps."""
-    whole, n = name in ("ref", "erm"), len(training.labels)
+    everything, n, folder = name in ("ref", "erm"), len(training.labels), Path(cfg.out, name)
+    if cfg.resume and folder.exists():
+        return load_dynamics(folder, run["fingerprints"][0])[0] if everything else None
     model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
-    steps = cfg.epochs * math.ceil(n / cfg.batch_size) if whole else cfg.steps
+    steps = cfg.epochs * math.ceil(n / cfg.batch_size) if everything else cfg.steps
     torch.manual_seed(cfg.seed)  # in every phase, so that none depends on what was trained before it
     model, tokenizer = load(model_name, training.names, cfg.device)
     data, *dev = [encode(tokenizer, examples, cfg) for examples in (training, *dev)]
@@ -536,117 +661,115 @@ def fine_tune(name, rows, training, dev, cfg, run):
         say(cfg, f"{name}: computed in transformers' own way, which is slower")
         model, _ = load(model_name, training.names, cfg.device)
     used_rows, restore = compact_embeddings(model, torch.cat([d.inputs["input_ids"] for d in (data, *dev)]))
-    # NaN: not visited yet
-    dynamics = torch.full((cfg.epochs, n, model.num_labels), math.nan, device=cfg.device) if whole else None
-    points = {math.ceil(steps * i / 12) for i in range(1, 13)} if dev else set()
-    metric = "macro_f1" if cfg.task == "hsd" else "accuracy"
-    scores, best, total = [], None, 0.0
-    count, seconds, began = collections.Counter(), 0.0, time.perf_counter()
-    for step, (batch, padded, loss) in enumerate(train(model, data, rows, steps, lr, cfg, dynamics), 1):
-        count.update(examples=len(batch), tokens=int(data.lengths[batch].sum()), padded_tokens=padded)
-        total += loss
-        if step % 50 and step != steps and step not in points:
-            continue  # only now and then does the host wait for the device, to look at its numbers
-        require(total.isfinite(), f"{name}: the loss is not finite at step {step}; lower its learning rate")
-        seconds += time.perf_counter() - began
-        print(f"{name}: step {step} of {steps}, loss {loss:.3f} ", end="\r", file=sys.stderr, flush=True)
-        if step in points:
-            scores.append(np.mean([metrics(predict(model, part, cfg).argmax(1), part.labels.cpu())[metric]
-                                   for part in dev]))
-            since_best = len(scores) - 1 - int(np.argmax(scores))
-            if since_best == 0:
-                best = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-            if since_best == cfg.patience and not whole:
-                break
-        began = time.perf_counter()  # evaluation is not counted
-    model.load_state_dict(best or model.state_dict())
+    state = newest_checkpoint(cfg, name) or {
+        "count": collections.Counter(), "dev": [], "best": None,  # NaN: not visited yet
+        "dynamics": torch.full((cfg.epochs if everything else 0, n, model.num_labels), math.nan)}
+    with refusing(f"{name}: out of memory", "start anew with --grad-accum 2 or more", torch.OutOfMemoryError):
+        learn(name, model, data, dev, rows, steps, lr, cfg, state)
+    count, best = state["count"], state["best"] or model.state_dict()
+    require(all(w.isfinite().all() for w in best.values()), f"{name}: diverged; lower its learning rate")
+    model.load_state_dict(best)
     restore()
     per_token = 6 * backbone_size(model)  # a multiplication and an addition, forward once and backward twice
     run["phases"][name] = {
-        "model": model_name, "lr": lr, "budget": steps, "steps": step, **count, "used_rows": used_rows,
-        "seconds": seconds, "examples_per_second": count["examples"] / seconds,
-        "flops": per_token * count["tokens"], "dev": [*map(list, zip(sorted(points), scores))],
+        "model": model_name, "lr": lr, "budget": steps, **count, "used_rows": used_rows, "dev": state["dev"],
+        "examples_per_second": count["examples"] / count["seconds"], "flops": per_token * count["tokens"],
         "erm_flops": per_token * data.lengths.sum().item() * cfg.epochs}  # what ERM costs with this model
-    dynamics = dynamics.cpu() if whole else None
-    save(Path(cfg.out) / name, model, tokenizer, training, dynamics, run["phases"][name]["flops"])
-    write_json(Path(cfg.out) / "run.json", run)
-    say(cfg, f"{name}: {step} steps, {count['examples']:,} examples, {seconds:.0f} s")
-    return dynamics
+    write_json(Path(cfg.out, "run.json"), run)
+
+    def save(partial):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if everything:
+            np.savez(partial / "dynamics.npz", logits=state["dynamics"], labels=training.labels,
+                     fingerprint=run["fingerprints"][0], flops=run["phases"][name]["flops"])
+    write(folder, save)
+    say(cfg, f"{name}: {count['steps']} steps, {count['examples']:,} examples, {count['seconds']:.0f} s")
+    return state["dynamics"]
 
 
-def save(folder, model, tokenizer, training, dynamics, flops):
-    """What from_pretrained and pipeline load and, if logged, the dynamics; renamed when whole."""
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if dynamics is not None:
-        np.savez(partial / "dynamics.npz", logits=dynamics.numpy(), labels=training.labels.numpy(),
-                 fingerprint=fingerprint(training), flops=flops)
-    partial.rename(folder)
-
-
-def load_dynamics(folder, training):
+def load_dynamics(folder, expected):
     """(dynamics, flops) of a reference saved in `folder`; refused unless they are of these very rows."""
-    try:
-        with np.load(Path(folder) / "dynamics.npz", allow_pickle=False) as saved:
-            logits, flops = torch.from_numpy(saved["logits"]), int(saved["flops"])
-            same = str(saved["fingerprint"]) == fingerprint(training)
-    except Exception as error:  # missing, cut short or something else; nothing in it is ever executed
-        require(False, f"--dynamics {folder}: cannot be read ({error}); name the ref of a run")
-    require(same, f"--dynamics {folder}: belongs to another training set; give the rows it was logged on")
+    with (refusing(f"{folder}: cannot be read", "name the ref of a run"),
+          np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
+        logits, flops = torch.from_numpy(saved["logits"]), int(saved["flops"])
+        same = str(saved["fingerprint"]) == expected
+    require(same, f"{folder}: belongs to another training set; give the rows it was logged on")
     return logits, flops
 
 
 def main(cfg):
     """Train all that the settings ask for. Returns them with the run's folder, budget and learning rate."""
     training, dev = load_task(cfg)
-    n = len(training.labels)
+    n, dynamics, flops = len(training.labels), {}, {}
+    fingerprints = [fingerprint(examples) for examples in (training, *dev)]
     require(round(cfg.fraction * n) >= cfg.batch_size, f"--fraction {cfg.fraction}: keeps fewer than a batch")
-    dynamics, ref_flops = load_dynamics(cfg.dynamics, training) if cfg.dynamics else (None, 0)
+    if cfg.dynamics:
+        dynamics["ref"], flops["ref"] = load_dynamics(cfg.dynamics, fingerprints[0])
     sizes = [backbone_size(load(name, training.names, cfg.device)[0]) for name in (cfg.ref, cfg.main) if name]
     lr = cfg.lr or (1e-5 if sizes[-1] > 200e6 else 2e-5)  # and better to miss a model now than after days
     free = next(path for i in itertools.count(1) if not (path := Path(f"runs/{cfg.task}-{i}")).exists())
     erm_steps = cfg.epochs * math.ceil(n / cfg.batch_size)
     steps = cfg.steps or (erm_steps if dev else max(1, round(erm_steps / 3)))
     cfg = dataclasses.replace(cfg, out=cfg.out or str(free), lr=lr, steps=steps)
-    try:
-        Path(cfg.out).mkdir(parents=True)
-    except OSError as error:
-        require(False, f"--out {cfg.out}: cannot be made ({error.strerror}); name another folder")
-    run = {"config": dataclasses.asdict(cfg), "phases": {}, "cost": {},
+    run = {"config": dataclasses.asdict(cfg), "processes": ranks()[1], "fingerprints": fingerprints,
            "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
-           "device": torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else cfg.device}
-    write_json(Path(cfg.out) / "run.json", run)
+           "device": torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else cfg.device,
+           "phases": {}, "cost": {}}
+    if cfg.resume:
+        new, run = run, json.loads(Path(cfg.out, "run.json").read_text())
+        require(run.get("fingerprints") == fingerprints, f"--resume {cfg.out}: the data changed; restore it")
+        require(run["processes"] == new["processes"],
+                f"--resume {cfg.out}: the number of processes was {run['processes']}; start as many")
+    elif ranks()[0] == 0:
+        with refusing(f"--out {cfg.out}: cannot be made", "name another folder, or --resume this one"):
+            Path(cfg.out).mkdir(parents=True)
+    write_json(Path(cfg.out, "run.json"), run)
     say(cfg, f"{cfg.out}: {n:,} training rows, {training.dropped:,} more dropped as unlabelled")
+    for number in SIGNALS:
+        signal.signal(number, functools.partial(leave, cfg))
 
     method = "ftft" if cfg.select == "ambiguous" else cfg.select
     methods = list(dict.fromkeys([method, *["erm"] * ("dm" in cfg.baselines), *cfg.baselines]))
-    # 1. Fine-tune the reference on everything, logging its training dynamics.
-    if dynamics is None and {"ftft", "hard", "easy"} & {*methods}:
-        dynamics = fine_tune("ref", torch.arange(n), training, dev, cfg, run)
-        ref_flops = run["phases"]["ref"]["flops"]
+    # Whose dynamics choose a method's rows; in dataset cartography (dm) those of ERM, the main model itself.
+    source = {"ftft": "ref", "hard": "ref", "easy": "ref", "dm": "erm"}
+    if "ref" in map(source.get, methods) and not cfg.dynamics:
+        methods = ["ref", *methods]
     for name in methods:
-        if name == "erm":  # plain fine-tuning of the main model, which makes it its own reference for dm
-            dm_dynamics = fine_tune(name, torch.arange(n), training, dev, cfg, run)
+        if name in ("ref", "erm"):
+            # 1. Fine-tune on everything, logging the training dynamics: the reference and, to compare, ERM.
+            rows = torch.arange(n)
         else:
             # 2. and 3. Draw the data map and keep the rows that it favours.
             how = {"ftft": "ambiguous", "dm": "ambiguous"}.get(name, name)
-            rows, threshold = select(how, cfg.fraction, cfg.seed, training.labels,
-                                     dm_dynamics if name == "dm" else dynamics)
+            logged = dynamics.get(source.get(name))
+            rows, threshold = select(how, cfg.fraction, cfg.seed, training.labels, logged)
             if name == method:
-                write_json(Path(cfg.out) / "selected.json", {
+                write_json(Path(cfg.out, "selected.json"), {
                     "rows": rows.tolist(), "select": how, "fraction": cfg.fraction, "threshold": threshold})
-            # 4. Fine-tune the main model on those rows only.
-            fine_tune(name, rows, training, dev, cfg, run)
-        phase = run["phases"][name]
-        reference = {"erm": 0, "random": 0, "dm": phase["erm_flops"]}.get(name, ref_flops)
-        run["cost"][name] = (reference + phase["flops"]) / phase["erm_flops"]
-        write_json(Path(cfg.out) / "run.json", run)
+        # 4. Fine-tune the main model on those rows only.
+        dynamics[name] = fine_tune(name, rows, training, dev, cfg, run)
+        flops[name] = run["phases"][name]["flops"]
+        if name != "ref":
+            spent = flops.get(source.get(name), 0) + flops[name]
+            run["cost"][name] = spent / run["phases"][name]["erm_flops"]
+            write_json(Path(cfg.out, "run.json"), run)
+    if ranks()[0] == 0:
+        shutil.rmtree(Path(cfg.out, "checkpoint"), ignore_errors=True)
     return cfg
 
 
 if __name__ == "__main__":
     import eval  # not Python's eval but eval.py: measuring is a program of its own
     wanted = settings()
+    if dist.is_torchelastic_launched():  # torchrun started several processes
+        dist.init_process_group()
+        if wanted.device == "cuda":
+            with refusing("torchrun --nproc-per-node", "start one process a GPU"):
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     eval.read_tests(wanted)  # first, so that a bad test file is not found out after days of training
-    eval.main([main(wanted).out])
+    out, rank = main(wanted).out, ranks()[0]
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank == 0:
+        eval.main([out])

@@ -3,8 +3,14 @@ import copy
 import csv
 import json
 import math
+import os
 import pickle
 import random
+import resource
+import signal
+import subprocess
+import sys
+import time
 
 import datasets
 import numpy as np
@@ -145,7 +151,7 @@ def test_training_and_dynamics_equal_a_textbook_loop(pieces):
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, eps=1e-6, weight_decay=0.0)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 1, 6)
     expected = torch.full((2, 20, 3), math.nan)
-    for step, (batch, _, _) in enumerate(steps):
+    for step, (_, batch, _, _) in enumerate(steps):
         inputs = tokenize(tokenizer, [items[row] for row in batch], truncation=True, max_length=9)
         ours, logits = ftft.collate(data, batch), plain(**inputs).logits
         assert {*ours} == {*inputs} and all(torch.equal(ours[name], inputs[name]) for name in ours)
@@ -168,10 +174,9 @@ def test_each_cell_of_the_dynamics_is_written_once_an_epoch_and_the_seed_decides
         written = torch.zeros(2, 20, dtype=torch.int)
         torch.manual_seed(seed)
         loop = ftft.train(model, data, torch.arange(20), 6, 0.01, cfg, dynamics)
-        for step, (batch, padded, _) in enumerate(loop):
+        for step, (_, batch, _, _) in enumerate(loop):
             written[step // 3, batch] += 1
             assert torch.equal(written > 0, ~dynamics.isnan().any(-1))
-            assert padded == len(batch) * data.lengths[batch].max()
         assert (written == 1).all()
         return dynamics
     assert torch.equal(train(1), train(1)) and not torch.equal(train(1), train(2))
@@ -472,7 +477,7 @@ def test_costs_count_real_tokens_and_the_reference(task, tmp_path, models):
     assert run["cost"] == pytest.approx({name: own / flops["erm"] for name, own in spent.items()})
 
 
-def test_saved_dynamics_serve_another_run_and_only_on_the_same_rows(task, tmp_path, capsys):
+def test_saved_dynamics_serve_another_run_and_only_on_the_same_rows(task, tmp_path, capfd):
     main([*task, "--out", str(tmp_path / "a")])
     reuse = ["--dynamics", str(tmp_path / "a" / "ref"), *task[2:]]
     main([*reuse, "--out", str(tmp_path / "b")])
@@ -480,9 +485,7 @@ def test_saved_dynamics_serve_another_run_and_only_on_the_same_rows(task, tmp_pa
     assert a == b and run_json(tmp_path / "a")["cost"] == run_json(tmp_path / "b")["cost"]
     weights = [(tmp_path / run / "ftft" / "model.safetensors").read_bytes() for run in "ab"]
     assert weights[0] == weights[1]  # a phase does not depend on what ran before it
-    with pytest.raises(SystemExit) as stopped:
-        main([*reuse, "--limit", "47", "--out", str(tmp_path / "c")])
-    assert stopped.value.code == 2 and "another training set" in capsys.readouterr().err
+    assert "another training set" in refused([*reuse, "--limit", "47"], capfd)
 
 
 def test_early_stopping_keeps_the_best_weights_and_erm_runs_on(task, tmp_path):
@@ -561,6 +564,104 @@ def test_a_folder_laid_out_as_deberta_v3_on_the_hub_loads_in_float32(tmp_path):
     assert model.dtype == torch.float32
 
 
+# ---------------------------------------------------------------- crashes and several processes
+
+
+def start(argv, *launcher):
+    """`python ftft.py` as a process of its own."""
+    return subprocess.Popen([sys.executable, *launcher, ftft.__file__, *argv], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def results(folder):
+    """The bytes of what a run is for."""
+    names = ("ref/dynamics.npz", "selected.json", "ref/model.safetensors", "ftft/model.safetensors")
+    return [(folder / name).read_bytes() for name in names]
+
+
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(task, tmp_path):
+    out, moments = tmp_path / "cut", random.Random(0)
+    for kills_left in (3, 2, 1, 0):
+        known = {*out.rglob("*")}
+        run = start(["--resume", str(out)] if known else [*task, "--out", str(out)])
+        while kills_left and run.poll() is None and not {*out.glob("*/*")} - known:
+            time.sleep(0.001)
+        if kills_left:  # a file has just appeared: in training, in a checkpoint, between two phases, ..
+            time.sleep(0.5 * moments.random())
+            run.kill()
+        said, _ = run.communicate()
+    main([*task, "--out", f"{tmp_path}/whole"])
+    assert run.returncode == 0 and results(out) == results(tmp_path / "whole"), said
+    assert (out / "results.json").exists() and not (out / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("how, evaluation", [("full disk", 5), ("signal", 14), ("signal, cut short", 5),
+                                             ("signal, flipped bit", 5), ("signal, pickle", 5)])
+def test_an_interrupted_run_goes_on_the_same_way(how, evaluation, task, tmp_path, monkeypatch, capfd):
+    cut, usual, numbers = tmp_path / "cut", resource.getrlimit(resource.RLIMIT_FSIZE), iter(range(1, 99))
+
+    def interrupt(*args, predict=ftft.predict):  # in the middle of training
+        if next(numbers) == evaluation:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, usual[1])) if how == "full disk" else (
+                signal.raise_signal(signal.SIGTERM))
+        return predict(*args)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(ftft, "predict", interrupt)
+        main([*task, "--out", str(cut)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    said = "".join(capfd.readouterr())
+    assert stopped.value.code == (2 if how == "full disk" else 143)
+    assert ("cannot be written" in said) == (how == "full disk")
+    before, newest = sorted((cut / "checkpoint").glob("*.pt"))
+    assert "--resume" in said and newest.stem == {
+        "full disk": "ref-000000006", "signal": "ftft-000000004"}.get(how, "ref-000000009")
+    content, saved = newest.read_bytes(), torch.load(newest, weights_only=True)
+    bit = content.index(saved["model"]["classifier.weight"].numpy().tobytes())
+    newest.write_bytes({"cut short": content[:-99], "pickle": pickle.dumps(Bomb(tmp_path / "hit")),
+                        "flipped bit": content[:bit] + bytes([content[bit] ^ 1]) + content[bit + 1:]
+                        }.get(how.removeprefix("signal, "), content))
+    main(["--resume", str(cut)])
+    assert ("is broken; going back" in capfd.readouterr().out) == ("," in how)
+    main([*task, "--out", f"{tmp_path}/whole"])
+    assert results(cut) == results(tmp_path / "whole") and not (tmp_path / "hit").exists()
+
+
+def test_two_processes_give_what_one_gives(task, tmp_path, monkeypatch, capfd):
+    model, tokenizer = tiny(0.0, 2)
+    model.classifier.weight.data *= 1.5  # for some gradients that are clipped, as AdamW sees no scale
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "steady")
+    monkeypatch.chdir(tmp_path)  # 41 rows: the last batch has one, and a process none
+    task = ["--ref", "steady", "--main", "steady", *task[4:], "--limit", "41", "--grad-accum", "2"]
+    two = start([*task, "--out", "two"], "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    said, _ = two.communicate()
+    assert two.returncode == 0, said
+    main([*task, "--out", "one"])
+    one, two = (np.load(f"{run}/ref/dynamics.npz")["logits"] for run in ("one", "two"))
+    np.testing.assert_allclose(two, one, atol=1e-5)
+    one, two = (json.loads((tmp_path / run / "selected.json").read_text())["rows"] for run in ("one", "two"))
+    assert one == two
+    assert "number of processes" in refused(["--resume", "two"], capfd)
+
+
+def out_of_memory(step):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("factor, amp, named", [
+    (lambda step: math.inf, "fp16", "fp16 overflows"), (out_of_memory, "off", "--grad-accum"),
+    (lambda step: math.inf if step == 36 else 1, "off", "diverged")])
+def test_a_step_that_fails_ends_the_run_in_a_line(factor, amp, named, task, tmp_path, monkeypatch, capfd):
+    def load(*args, load=ftft.load, steps=iter(range(1, 99))):
+        model, tokenizer = load(*args)
+        model.classifier.weight.register_hook(lambda gradient: gradient * factor(next(steps)))
+        return model, tokenizer
+    monkeypatch.setattr(ftft, "load", load)
+    task = [*task[:6], *task[8:], "--epochs", "6", "--amp", amp]
+    assert named in refused([*task, "--out", f"{tmp_path}/run"], capfd)
+    assert not (tmp_path / "run" / "ref").exists()
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -615,6 +716,7 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
     "not utf-8": (b'{"text": "\xff", "label": "a"}\n', "cannot be read"),
     "no label column": ([{"text": "red"}], "label column"),
     "a line that is no object": ([ONE, [1]], "line 2"),
+    "settings beside those of a run": ({"--resume": "."}, "give no other"),
     "a folder below a file": ({"--out": "train.jsonl/run"}, "--out train.jsonl/run"),
     "a folder in place of a file": ({"--dev": "folder.csv"}, "folder.csv"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
@@ -653,20 +755,16 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(case, task, tmp_path, monkey
         text = bad if isinstance(bad, (str, bytes)) else "".join(json.dumps(row) + "\n" for row in bad)
         (tmp_path / "train.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        main([word for name, values in args.items() if values != [None] for word in (name, *values)])
-    said = capfd.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and named in said, said
+    argv = [word for name, values in args.items() if values != [None] for word in (name, *values)]
+    assert named in refused(argv, capfd)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_loss_that_is_no_number_ends_the_run_which_is_not_scored(task, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([*task, "--lr", "4e9", "--out", str(tmp_path / "run")])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and "step 3" in said and "learning rate" in said
+def test_a_loss_that_is_no_number_ends_the_run_which_is_not_scored(task, tmp_path, capfd):
+    said = refused([*task, "--lr", "4e9", "--out", str(tmp_path / "run")], capfd)
+    assert "step 3" in said and "learning rate" in said
     assert (tmp_path / "run" / "ref" / "dynamics.npz").exists() and not (tmp_path / "run" / "ftft").exists()
     assert list(run_json(tmp_path / "run")["phases"]) == ["ref"]
     with pytest.raises(SystemExit) as stopped:
         measuring.main([str(tmp_path / "run")])
-    assert stopped.value.code == 2 and "did not finish" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "did not finish" in capfd.readouterr().err
