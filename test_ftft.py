@@ -633,7 +633,8 @@ def test_two_processes_give_what_one_gives(task, tmp_path, monkeypatch, capfd):
         part.save_pretrained(tmp_path / "steady")
     monkeypatch.chdir(tmp_path)  # 41 rows: the last batch has one, and a process none
     task = ["--ref", "steady", "--main", "steady", *task[4:], "--limit", "41", "--grad-accum", "2"]
-    two = start([*task, "--out", "two"], "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = start([*task, "--out", "two"], *launcher)
     said, _ = two.communicate()
     assert two.returncode == 0, said
     main([*task, "--out", "one"])
