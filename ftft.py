@@ -763,10 +763,10 @@ if __name__ == "__main__":
     import eval  # not Python's eval but eval.py: measuring is a program of its own
     wanted = settings()
     if dist.is_torchelastic_launched():  # torchrun started several processes
-        dist.init_process_group()
-        if wanted.device == "cuda":
+        if wanted.device != "cpu":
             with refusing("torchrun --nproc-per-node", "start one process a GPU"):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo" if wanted.device == "cpu" else "cpu:gloo,cuda:nccl")
     eval.read_tests(wanted)  # first, so that a bad test file is not found out after days of training
     out, rank = main(wanted).out, ranks()[0]
     if dist.is_initialized():
