@@ -620,7 +620,8 @@ def learn(name, model, data, dev, rows, steps, lr, cfg, state):
         count["seconds"] += time.perf_counter() - began  # evaluation is not counted
         if dev and step in points:
             score = [metrics(predict(model, part, cfg).argmax(1), part.labels.cpu())[metric] for part in dev]
-            state["dev"].append([step, max_over_ranks(torch.tensor(np.mean(score))).item()])
+            score = torch.tensor(np.mean(score) if ranks()[0] == 0 else -math.inf, dtype=torch.float64)
+            state["dev"].append([step, max_over_ranks(score).item()])  # the first's: all stop alike
             scores = [score for _, score in state["dev"]]
             since_best = len(scores) - 1 - scores.index(max(scores))
             if since_best == 0:
