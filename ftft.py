@@ -718,9 +718,9 @@ def main(cfg):
            "device": torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else cfg.device,
            "phases": {}, "cost": {}}
     if cfg.resume:
-        new, run = run, json.loads(Path(cfg.out, "run.json").read_text())
+        run = json.loads(Path(cfg.out, "run.json").read_text())
         require(run.get("fingerprints") == fingerprints, f"--resume {cfg.out}: the data changed; restore it")
-        require(run["processes"] == new["processes"],
+        require(run["processes"] == ranks()[1],
                 f"--resume {cfg.out}: the number of processes was {run['processes']}; start as many")
     elif ranks()[0] == 0:
         with refusing(f"--out {cfg.out}: cannot be made", "name another folder, or --resume this one"):
