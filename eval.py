@@ -1,53 +1,48 @@
 """Measure what ftft.py trained: in distribution (ID), out of distribution (OOD) and on adversarial sets.
 
-  python eval.py runs/a              # score the run's models, if that is still to do, and show its table
-  python eval.py runs/a runs/b       # several seeds of one setting: mean ± standard deviation over the runs
+  python eval.py runs/a                     # score the run's models, if that is still to do; show its table
+  python eval.py runs/a runs/b runs/c       # several seeds of one setting: mean ± standard deviation
+  python eval.py MODEL --task nli           # any classifier, a folder or Hub id, on the paper's test sets
+  python eval.py MODEL --test ood=b.csv     # or on sets of your own
+  python eval.py --transfer runs/a runs/b   # how far do references agree on which rows to keep?
 
 The kinds of set, by an item each of the NLI task:
 
-  ID           MultiNLI   premise     Your contribution helped make it possible for us to provide our students
-                                      with a quality education.
-                          hypothesis  Your contributions were of no help with our students' education.
-                          label       contradiction
-  OOD          HANS       premise     The doctors thanked the scientist.
-                          hypothesis  The scientist thanked the doctors.
-                          label       non-entailment, though all words are shared
-  adversarial  ANLI       premise     a paragraph of Wikipedia or other prose
-                          hypothesis  a sentence that a person wrote to mislead a trained model
-                          label       entailment, neutral or contradiction
+  ID           premise     The new rights are nice enough
+  (MultiNLI)   hypothesis  Everyone really likes the newest benefits
+               label       neutral
+  OOD          premise     The doctors thanked the scientist.
+  (HANS)       hypothesis  The scientist thanked the doctors.
+               label       non-entailment, though all words are shared
+  adversarial  premise     a paragraph of Wikipedia or other prose
+  (ANLI)       hypothesis  a sentence that a person wrote to mislead a trained model
 
-What to expect of deberta-large trained on MultiNLI, in the paper's own numbers (accuracy; cost of ERM = 1):
-
-  method                      ANLI R1   ANLI R2   ANLI R3     cost
-  ERM                           59.90     45.10     42.08   1.0000
-  FTFT, from deberta-small      59.38     45.80     42.38   0.5197
-
-Each set is scored by itself; nothing is averaged across sets. A set labelled X / non-X is scored on these
-two, after the model has chosen among all of its classes.
+The paper's own numbers for deberta-large on ANLI R1, R2 and R3: ERM 59.90, 45.10 and 42.08; FTFT from
+deberta-small 59.38, 45.80 and 42.38, at 0.52 of the cost. Nothing is averaged across sets. A set labelled
+X / non-X is scored on these two, after the model has chosen among all of its classes.
 """
 import argparse
+import functools
+import itertools
 import json
+import logging
 import shlex
+import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import transformers
+from matplotlib.figure import Figure
 
-from ftft import (Settings, built_in, data_map, encode, load_task, metrics, predict, read, require, say,
-                  write_json)
-
-matplotlib.use("Agg")  # draws to files, also where there is no screen
-import matplotlib.pyplot as plt  # noqa: E402
+from ftft import (SHORT_LABELS, Examples, Settings, built_in, data_map, encode, load_dynamics, load_task,
+                  metrics, predict, read, refusing, require, select, write, write_json)
 
 KINDS = {"id": "ID", "ood": "OOD", "adversarial": "adversarial"}
 METHODS = ["erm", "random", "easy", "hard", "dm", "ftft", "ref"]  # in this order in the table
 TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
-    "nli": [("id", "mnli_matched", "nyu-mll/multi_nli:validation_matched",
-             "multinli_1.0/multinli_1.0_dev_matched.jsonl"),
-            ("id", "mnli_mismatched", "nyu-mll/multi_nli:validation_mismatched",
-             "multinli_1.0/multinli_1.0_dev_mismatched.jsonl"),
+    "nli": [*[("id", f"mnli_{half}", f"nyu-mll/multi_nli:validation_{half}",
+               f"multinli_1.0/multinli_1.0_dev_{half}.jsonl") for half in ("matched", "mismatched")],
             ("ood", "hans", "tasksource/hans:validation", "heuristics_evaluation_set.jsonl"),
             ("ood", "wanli", "alisawuffles/WANLI:test", "wanli/test.jsonl"),
             *[("adversarial", f"anli_r{r}", f"facebook/anli:test_r{r}", f"anli_v1.0/R{r}/test.jsonl")
@@ -60,21 +55,19 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
 # ---------------------------------------------------------------- scoring
 
 
-def read_tests(cfg):
-    """The test sets of a run, {(kind, name): Examples}, and a line on each. --test replaces the task's."""
+def read_tests(cfg, training=None):
+    """The test sets of a run, {(kind, name): Examples}, and a line on each. --test replaces the task's. Of
+    `training`, given where there is no run, only the names of the classes matter."""
     if cfg.task == "built-in":
         sets, _ = built_in()
         return {(kind, kind): sets[kind] for kind in KINDS}, []
-    training, _ = load_task(cfg)
-    given = [test.partition("=")[::2] for test in cfg.test]
-    for kind, path in given:
+    training = training or load_task(cfg)[0]
+    wanted = [(kind, name, f"{cfg.data}/{file}" if cfg.data else hub or file)
+              for kind, name, hub, file in TESTS.get(cfg.task, []) if not cfg.test]
+    for kind, _, path in (test.partition("=") for test in cfg.test):
         require(kind in KINDS and path, f"--test {kind}: write id=FILE, ood=FILE or adversarial=FILE")
-    wanted = [(kind, Path(path).stem, path) for kind, path in given]
-    if not wanted:
-        wanted = [(kind, name, f"{cfg.data}/{file}" if cfg.data else hub or file)
-                  for kind, name, hub, file in TESTS.get(cfg.task, [])]
-    tests, lines, known = {}, [], set(training.texts)
-    classes = len(training.names)
+        wanted.append((kind, Path(path).stem, path))
+    tests, lines, known, classes = {}, [], set(training.texts), len(training.names)
     like = training._replace(names=[*training.names, *(f"non-{name}" for name in training.names)])
     for kind, name, source in wanted:
         require(name not in [other for _, other in tests],
@@ -83,46 +76,56 @@ def read_tests(cfg):
         non_x = examples.labels.max().item()  # X / non-X, as HANS is labelled: non-X has X's number + classes
         require(non_x < classes or {*examples.labels.tolist()} <= {non_x - classes, non_x},
                 f"{source}: labels must be X and {like.names[non_x]} only, or the training set's own")
-        twins = [row for row, text in enumerate(examples.texts) if text in known]
-        shared = f"; {len(twins)} also in the training set: its rows {str(twins[:9])[1:-1]}" * bool(twins)
-        shared += ", .." * (len(twins) > 9)
-        counts = f"{len(examples.texts)} rows, {examples.dropped} more dropped as unlabelled"
-        lines.append(f"{kind} {name}: {counts}{shared}")
+        lines.append(f"{kind} {name}: {len(examples.texts)} rows, {examples.dropped} more without a label")
+        if twins := [row for row, text in enumerate(examples.texts) if text in known]:
+            lines[-1] += f"; {len(twins)} also in the training set, first its rows {str(twins[:9])[1:-1]}"
     return tests, lines
 
 
-def score(model, tokenizer, examples, cfg):
-    """Accuracy, macro-F1 and n of `model` on examples whose labels are numbered as the model's classes; in a
-    set labelled X / non-X, non-X has the number of X plus that of classes."""
-    predicted = predict(model, encode(tokenizer, examples, cfg), cfg).argmax(1).numpy()
-    non_x = examples.labels.max().item()
-    if non_x >= model.config.num_labels:  # any class but X becomes non-X
-        predicted = np.where(predicted == non_x - model.config.num_labels, predicted, non_x)
-    return metrics(predicted, examples.labels)
+def load_classifier(name, device):
+    """(model, tokenizer, names of its classes, ENTAILMENT or e read as entailment) of a saved classifier."""
+    with refusing(f"cannot load the classifier {name}", "give the folder or Hub id of a saved classifier"):
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    require(not info["missing_keys"], f"{name}: has no trained head; fine-tune it, as ftft.py does, and save")
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    known = {**SHORT_LABELS, **{label: label for label in SHORT_LABELS.values()}}
+    return model.to(device), tokenizer, [known.get(name.lower(), name) for name in names]
+
+
+def score(name, folder, cfg, tests=None):
+    """What the classifier in `folder` says and the gold labels, {"NAME/KIND/SET": (2, n)}, by the numbers of
+    its classes; non-X has X's number plus that of classes. Without `tests` these are read for its own
+    classes: labels go by name, as models number them differently."""
+    model, tokenizer, classes = load_classifier(folder, cfg.device)
+    tests, answers = tests or read_tests(cfg, Examples([], None, classes))[0], {}
+    for (kind, test), examples in tests.items():
+        predicted = predict(model, encode(tokenizer, examples, cfg), cfg).argmax(1)
+        if (non_x := examples.labels.max()) >= len(classes):  # any class but X becomes non-X
+            predicted[predicted != non_x - len(classes)] = non_x
+        answers[f"{name}/{kind}/{test}"] = np.stack([predicted, examples.labels])
+        right, n = (predicted == examples.labels).sum(), len(predicted)
+        print(f"{name} on {test}: {right}/{n} = {100 * right / n:.2f}%", file=sys.stderr)
+    return answers
 
 
 def score_run(folder):
-    """Score each model of a run on each test set; writes results.json last, after figures and model cards."""
+    """Score each model of a run on each test set, write model cards, draw; results.json comes last."""
     run = json.loads((folder / "run.json").read_text())
     here = run["config"]["device"] if torch.cuda.is_available() else "cpu"  # trained elsewhere, perhaps
     cfg = Settings(**{**run["config"], "out": str(folder), "device": here})
     tests, lines = read_tests(cfg)
-    for line in lines:
-        say(cfg, line)
-    results = {}
+    print(*lines, sep="\n", file=sys.stderr)
+    answers, results = {}, {}
     for method in sorted(run["phases"], key=METHODS.index):
-        model, tokenizer = (auto.from_pretrained(folder / method, trust_remote_code=False) for auto in (
-            transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer))
-        model.to(cfg.device)
-        results[method] = {kind: {} for kind in KINDS}
-        for (kind, name), examples in tests.items():
-            result = results[method][kind][name] = score(model, tokenizer, examples, cfg)
-            right = round(result["accuracy"] * result["n"])
-            say(cfg, f"{method} on {name}: {right}/{result['n']} = {100 * result['accuracy']:.2f}%, "
-                     f"macro-F1 {100 * result['macro_f1']:.2f}")
+        answers |= score(method, folder / method, cfg, tests)
+        results[method] = {kind: {test: metrics(*answers[f"{method}/{kind}/{test}"])
+                                  for k, test in tests if k == kind} for kind in KINDS}
         write_card(folder / method, run, results[method])
-    draw_data_map(folder, cfg)
+    draw_data_map(folder, run)
     draw_learning_curves(folder, run)
+    write(folder / "predictions.npz", lambda partial: np.savez_compressed(open(partial, "wb"), **answers))
     write_json(folder / "results.json", results)
 
 
@@ -142,101 +145,172 @@ def write_card(folder, run, results):
         "Made by:", "", "    python ftft.py " + " ".join(flags), ""]))
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- the tables
 
 
-def finished(run):
-    """Whether every phase that the settings ask for was trained: the cost of each is entered last."""
-    cfg = run["config"]
-    return {"ftft" if cfg["select"] == "ambiguous" else cfg["select"], *cfg["baselines"]} <= {*run["cost"]}
-
-
-def load_run(folder):
-    """(run.json, results.json) of a folder; a run that is trained but not yet scored is scored first."""
-    folder = Path(folder)
-    require((folder / "run.json").exists(), f"{folder}: no run.json there; name the folder of a run")
-    if not (folder / "results.json").exists():
+def load_runs(folders):
+    """{folder: (run.json, answers)} of runs of one setting; those not yet scored are scored first."""
+    runs, first = {}, {}
+    for folder in map(Path, folders):
+        require((folder / "run.json").exists(), f"{folder}: is no run; for a model, add --task or --test")
         run = json.loads((folder / "run.json").read_text())
-        require(finished(run), f"{folder}: did not finish; continue it: python ftft.py --resume {folder}")
-        score_run(folder)
-    return json.loads((folder / "run.json").read_text()), json.loads((folder / "results.json").read_text())
+        cfg, first = run["config"], first or run["config"]
+        unlike = {key for key in cfg if cfg[key] != first.get(key)} - {"seed", "out", "device", "dynamics"}
+        require(not unlike, f"{folder}: differs from {folders[0]} in {', '.join(unlike)}; show it alone")
+        require(run["cost"] and not (folder / "checkpoint").exists(),
+                f"{folder}: did not finish; continue it: python ftft.py --resume {folder}")
+        if not ((folder / "predictions.npz").exists() and (folder / "results.json").exists()):
+            score_run(folder)
+        with np.load(folder / "predictions.npz", allow_pickle=False) as saved:
+            runs[str(folder)] = run, dict(saved)
+    return runs
+
+
+@functools.lru_cache
+def resamples(n, draws=1000):
+    """How often each of n examples is in the data itself (once: row 0) and in each bootstrap resample of it,
+    (1 + draws, n). They are the same for all methods and runs: hence scores on a resample are paired."""
+    rng = np.random.default_rng(0)
+    drawn = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)]
+    return np.stack([np.ones(n), *drawn], dtype=np.float32, casting="unsafe")
+
+
+def bootstrap(predicted, gold, metric):
+    """The metric in % on each of the resamples, (1 + draws,), the first being the data's own."""
+    classes = np.union1d(predicted, gold)[:, None]
+    said, true = predicted == classes, gold == classes                          # (classes, n)
+    hits, said, true = (resamples(len(gold)) @ part.T for part in (said & true, said, true))
+    if metric == "accuracy":
+        return 100 * hits.sum(1, dtype=float) / len(gold)
+    return 100 * np.nanmean(2 * hits / np.where(said + true, said + true, np.nan), axis=1, dtype=float)
+
+
+def digest(scores):
+    """Of (runs, 1 + draws): mean and sample deviation; of one run only, what holds 95% of its resamples."""
+    own = scores[:, 0]
+    if len(own) > 1:
+        return {"score": own.mean(), "std": own.std(ddof=1)}
+    return dict(zip(("score", "low", "high"), [*own, *np.percentile(scores[:, 1:], [2.5, 97.5])]))
+
+
+def compare(runs, against):
+    """What is known of runs {folder: (run.json, answers)}, as --json prints it. Intervals of a run are over
+    examples; those of a method's difference to `against`, over examples and runs, narrow if these are few."""
+    about, drawn = [run for run, _ in runs.values()], {}
+    spent = {method: {"cost": [run["cost"][method] for run in about if method in run["cost"]], **{
+        key: [run["phases"][method][key] for run in about] for key in ("examples", "seconds")}}
+        for method in about[0]["phases"]}
+    found = {"metric": "macro_f1" if about[0]["config"]["task"] == "hsd" else "accuracy", "sets": {},
+             "methods": {}, "runs": {}, "differences": {}, "spent": spent}
+    for key, pair in (item for _, answers in runs.values() for item in answers.items()):
+        method, kind, test = key.rsplit("/", 2)  # that method may be a model on the Hub, with a slash
+        found["sets"][test] = {"kind": kind, "n": pair.shape[1]}
+        drawn.setdefault((method, test), []).append(bootstrap(*pair, found["metric"]))
+    picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), 1001))
+    picked[:, 0] = range(len(runs))
+    for (method, test), scores in drawn.items():
+        found["methods"].setdefault(method, {})[test] = digest(np.stack(scores))
+        for folder, own in zip(runs, scores) if len(runs) > 1 else ():
+            found["runs"].setdefault(f"{method}, {folder}", {})[test] = digest(own[None])
+        if method != against and (against, test) in drawn:
+            gaps = np.take_along_axis(np.subtract(scores, drawn[against, test]), picked, axis=0).mean(0)
+            found["differences"].setdefault(f"{method} - {against}", {})[test] = digest(gaps[None])
+    return found
 
 
 def spread(values, digits=1):
-    """mean ± sample standard deviation, or the value itself where there is one run only."""
-    mean = f"{np.mean(values):,.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+    """mean ± sample standard deviation, or the value itself where there is one only."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):,.{digits}f}{deviation}"
 
 
-def table(runs):
-    """The lines that compare the methods of these runs [(run.json, results.json), ..], one row a method."""
-    results = [result for _, result in runs]
-    metric = "macro_f1" if runs[0][0]["config"]["task"] == "hsd" else "accuracy"
-    sets = [(kind, name) for kind in KINDS for name in results[0][next(iter(results[0]))][kind]]
-    rows = [["", *(KINDS[kind] for kind, _ in sets), "cost", "examples", "seconds"]]
-    if any(kind != name for kind, name in sets):
-        rows.append(["", *(name for _, name in sets), "", "", ""])
-    for method in (m for m in METHODS if all(m in result for result in results)):
-        phases = [run["phases"][method] for run, _ in runs]
-        costs = [run["cost"][method] for run, _ in runs if method in run["cost"]]
-        scores = [spread([100 * r[method][kind][name][metric] for r in results]) for kind, name in sets]
-        rows.append([method, *scores, spread(costs, 2) if costs else "",
-                     spread([p["examples"] for p in phases], 0), spread([p["seconds"] for p in phases], 0)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    over = f", mean ± standard deviation over {len(runs)} runs" if len(runs) > 1 else ""
-    return [f"{metric.replace('_', '-')} in %{over}; cost relative to ERM, the reference's included; "
-            "examples and seconds of the method's own training",
-            *("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:]))])
-              for first, *cells in rows)]
+def table(found):
+    """What `compare` found as rows of cells, the first a header: methods, single runs, differences."""
+    sets, spent = found["sets"], found["spent"]
+    rows = [["", *(KINDS[test["kind"]] for test in sets.values()), *next(iter(spent.values()), ())],
+            ["", *sets], ["n", *(f"{test['n']:,}" for test in sets.values())]]
+    for part, sign in (("methods", ""), ("runs", ""), ("differences", "+")):
+        for name, scores in found[part].items():
+            cells = [f"{s['score']:{sign}.1f} " + (f"± {s['std']:.1f}" if "std" in s else
+                     f"[{s['low']:{sign}.1f}, {s['high']:{sign}.1f}]") for s in scores.values()]
+            rows.append([name, *cells, *(spread(values, 2 * (key == "cost")) if values else ""
+                                         for key, values in spent.get(name, {}).items())])
+    return rows
+
+
+def lay_out(rows, markdown):
+    """Rows of cells, the first of them a header, as aligned text or as a Markdown table."""
+    if markdown:
+        return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def planted_line(folders):
     """Of the built-in task the truth is known: how much of what was planted is among the kept rows?"""
-    shares, selected = [], [json.loads((Path(f) / "selected.json").read_text())["rows"] for f in folders]
-    for name, planted in built_in()[1].items():
-        kept = spread([100 * planted[rows].mean() for rows in selected])
-        shares.append(f"{kept}% {name} (training set: {100 * planted.mean():.1f}%)")
+    kept = [json.loads((Path(folder) / "selected.json").read_text())["rows"] for folder in folders]
+    shares = (f"{spread([100 * planted[rows].mean() for rows in kept])}% {name} (training set: "
+              f"{100 * planted.mean():.1f}%)" for name, planted in built_in()[1].items())
     return f"among the kept rows: {', '.join(shares)}"
+
+
+def average_ranks(values):
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place]
+
+
+def transfer(folders):
+    """Of each pair of models with dynamics in these runs: the share of the rows kept as ambiguous by one that
+    the other keeps, too, what chance gives, and Spearman's rank correlation of statistics of all rows."""
+    paths = [path.parent for folder in folders for path in sorted(Path(folder).glob("*/dynamics.npz"))]
+    require(len(paths) > 1, f"--transfer {folders}: fewer than two models with dynamics; name more runs")
+    run, kept, ranks = json.loads((paths[0].parent / "run.json").read_text()), {}, {}
+    for path in map(str, paths):
+        logits, labels, _ = load_dynamics(path, run["fingerprints"][0])
+        statistics = data_map(logits, labels)
+        kept[path] = {*select("ambiguous", run["config"]["fraction"], 0, labels, logits)[0].tolist()}
+        ranks[path] = {key: average_ranks(statistics[key]) for key in ("variability", "confidence")}
+    return [{"a": a, "b": b, "overlap": round(len(kept[a] & kept[b]) / len(kept[a]), 3),
+             "chance": run["config"]["fraction"], **{
+                 f"rho_{key}": round(np.corrcoef(ranks[a][key], ranks[b][key])[0, 1], 3) for key in ranks[a]}}
+            for a, b in itertools.combinations(kept, 2)]
 
 
 # ---------------------------------------------------------------- figures
 
 
-def draw_data_map(folder, cfg, most=20_000):
-    """data_map.png: examples by variability and confidence, coloured by correctness, and where the cut is."""
-    path = Path(cfg.dynamics or folder / "ref") / "dynamics.npz"
+def draw_data_map(folder, run):
+    """data_map.png: the examples by variability and confidence, in hexagons, each in the colour of its mean
+    correctness and the paler the fewer it holds; red around those with kept rows."""
+    path = Path(run["config"]["dynamics"] or folder / "ref")
     if not path.exists():
         return
-    with np.load(path, allow_pickle=False) as saved:
-        stats = data_map(torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"]))
-    n = len(stats["confidence"])
-    shown = np.random.default_rng(0).permutation(n)[:most]
-    x, y, colour = (stats[name].numpy()[shown] for name in ("variability", "confidence", "correctness"))
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    points = axes.scatter(x, y, c=colour, s=4, cmap="viridis", vmin=0, vmax=1, alpha=0.6, linewidths=0)
-    figure.colorbar(points, label="correctness (share of epochs)")
-    chosen = json.loads((folder / "selected.json").read_text())
-    if chosen["select"] != "random":
-        draw, side = {"ambiguous": (axes.axvline, "right of"), "hard": (axes.axhline, "below"),
-                      "easy": (axes.axhline, "above")}[chosen["select"]]
-        label = f"kept: {side} the line, {len(chosen['rows']):,} rows"
-        draw(chosen["threshold"], color="crimson", label=label)
-        axes.legend(loc="upper right")
-    axes.set(xlabel="variability (standard deviation of p(gold) over epochs)", xlim=(0, None), ylim=(0, 1),
-             ylabel="confidence (mean of p(gold) over epochs)",
-             title=f"data map of {n:,} examples" + f" ({most:,} shown)" * (n > most))
+    logits, labels, _ = load_dynamics(path, run["fingerprints"][0])
+    y, x, correctness, _ = map(np.asarray, data_map(logits, labels).values())
+    kept = json.loads((folder / "selected.json").read_text())["rows"]
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    grid = dict(gridsize=60, mincnt=1, extent=(0, x.max(), 0, 1))
+    colours = axes.hexbin(x, y, correctness, vmin=0, vmax=1, linewidths=0, **grid)
+    counts = axes.hexbin(x, y, visible=False, **grid).get_array()
+    colours.set_alpha(0.5 + 0.5 * np.log(counts) / np.log(counts.max() + 1))
+    frames = axes.hexbin(x[kept], y[kept], **grid)
+    frames.set(array=None, facecolor="none", edgecolor="crimson", linewidth=0.7)
+    figure.colorbar(colours, label="correctness (share of epochs)")
+    axes.set(xlabel="variability (spread of p(gold) over epochs)", ylabel="confidence (mean of p(gold))",
+             title=f"{len(x):,} examples (paler: fewer), {len(kept):,} kept (red)")
     figure.savefig(folder / "data_map.png", dpi=150)
-    plt.close(figure)
 
 
 def draw_learning_curves(folder, run):
     """learning_curves.png: dev score against cost, the reference's included; a cross at an early stop."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
     for method in (m for m in METHODS if m in run["cost"] and run["phases"][m]["dev"]):
         phase = run["phases"][method]
         steps, scores = np.array(phase["dev"]).T
-        own = phase["flops"] / phase["erm_flops"]
-        cost = run["cost"][method] - own + own * steps / phase["steps"]
+        cost = run["cost"][method] + phase["flops"] / phase["erm_flops"] * (steps / phase["steps"] - 1)
         curve, = axes.plot(cost, 100 * scores, marker=".", label=method)
         if phase["steps"] < phase["budget"]:
             axes.plot(cost[-1], 100 * scores[-1], marker="x", markersize=10, color=curve.get_color())
@@ -244,25 +318,42 @@ def draw_learning_curves(folder, run):
         axes.set(xlabel="cost relative to ERM", ylabel="mean dev score (%)")
         axes.legend(title="x: stopped early")
         figure.savefig(folder / "learning_curves.png", dpi=150)
-    plt.close(figure)
 
 
 def main(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.error = lambda message: require(False, message)
-    parser.add_argument("runs", nargs="+", help="folders of runs, such as runs/a")
-    folders = parser.parse_args(argv).runs
+    parser.add_argument("names", nargs="+", help="folders of runs; or classifiers, with --task or --test")
+    parser.add_argument("--task", choices=list(TESTS), help="score classifiers on the test sets of this task")
+    parser.add_argument("--data", help="folder with these as their authors release them, instead of the Hub")
+    parser.add_argument("--test", nargs="+", default=(), help="or on id=FILE, ood=FILE, adversarial=FILE ..")
+    parser.add_argument("--against", default="erm", help="compare the others with this method (default: erm)")
+    parser.add_argument("--transfer", action="store_true", help="compare the training dynamics of these runs")
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    args = parser.parse_args(argv)
+    logging.disable(logging.WARNING)  # the libraries' (new heads, retries)
     transformers.utils.logging.disable_progress_bar()
-    runs = [load_run(folder) for folder in folders]
-    first = runs[0][0]["config"]
-    for folder, (run, _) in zip(folders, runs):
-        unlike = [key for key, value in run["config"].items()
-                  if key not in ("seed", "out", "device", "dynamics") and value != first.get(key)]
-        require(not unlike, f"{folder}: differs from {folders[0]} in {', '.join(unlike)}; show it alone")
-    print("", *table(runs), sep="\n")
-    if all(run["config"]["task"] == "built-in" for run, _ in runs):
-        print(planted_line(folders))
+    if args.transfer:
+        found = transfer(args.names)
+        lines = ["overlap of the kept rows, what chance gives, and Spearman's rank correlations"]
+        rows = [[*map(str, row)] for row in (found[0], *map(dict.values, found))]
+    else:
+        if args.task or args.test:
+            cfg = Settings(task=args.task, data=args.data, test=args.test)
+            answers = {key: pair for name in args.names for key, pair in score(name, name, cfg).items()}
+            runs = {"": ({"config": vars(cfg), "phases": {}, "cost": {}}, answers)}
+        else:
+            runs = load_runs(args.names)
+        found = compare(runs, args.against)
+        lines = [f"{found['metric']} in %, [95% interval], and mean ± standard deviation over runs",
+                 "cost relative to ERM, the reference's included; examples and seconds of the method alone"]
+        rows = table(found)
+        if all(run["config"]["task"] == "built-in" for run, _ in runs.values()):
+            lines.append(planted_line(args.names))
+    text = "\n".join(["", *lines, "", lay_out(rows, args.markdown)])
+    print(json.dumps(found, indent=1) if args.json else text)
 
 
 if __name__ == "__main__":

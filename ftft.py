@@ -195,7 +195,8 @@ def read(source, like=None, limit=None):
             columns = next((names for names in TEXT_COLUMNS if {*names} <= {*row}), ())
             gold = next((name for name in GOLD_COLUMNS if name in row), None)
             require(columns and gold, f"{source}: has no text or no label column; name them text and label")
-            require(not like or len(columns) == len(like.texts[0]), f"{source}: mixes pairs and single texts")
+            require(not (like and like.texts) or len(columns) == len(like.texts[0]),
+                    f"{source}: mixes pairs and single texts")
         text, label = tuple(row.get(name) for name in columns), row.get(gold)
         label = str(label).strip() if isinstance(label, (str, int)) else ""
         require(label and all(isinstance(part, str) for part in text),
@@ -203,8 +204,9 @@ def read(source, like=None, limit=None):
         if label in ("-", "-1"):
             dropped += 1
             continue
-        label = label if not like or label in like.names else SHORT_LABELS.get(label, label)
-        require(not like or label in like.names, f"{where}: the training set has no label {label}; mend it")
+        if like:
+            label = label if label in like.names else SHORT_LABELS.get(label, label)
+            require(label in like.names, f"{where}: {label} is none of {', '.join(like.names)}; rename it")
         texts.append(text)
         golds.append(label)
     require(golds, f"{source}: has no labelled row; give a file with at least one")
@@ -690,13 +692,13 @@ def fine_tune(name, rows, training, dev, cfg, run):
 
 
 def load_dynamics(folder, expected):
-    """(dynamics, flops) of a reference saved in `folder`; refused unless they are of these very rows."""
+    """(dynamics, labels, flops) of a reference saved in `folder`; refused if they are of other rows."""
     with (refusing(f"{folder}: cannot be read", "name the ref of a run"),
           np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
-        logits, flops = torch.from_numpy(saved["logits"]), int(saved["flops"])
-        same = str(saved["fingerprint"]) == expected
+        logits, labels = (torch.from_numpy(saved[name]) for name in ("logits", "labels"))
+        flops, same = int(saved["flops"]), str(saved["fingerprint"]) == expected
     require(same, f"{folder}: belongs to another training set; give the rows it was logged on")
-    return logits, flops
+    return logits, labels, flops
 
 
 def main(cfg):
@@ -706,7 +708,7 @@ def main(cfg):
     fingerprints = [fingerprint(examples) for examples in (training, *dev)]
     require(round(cfg.fraction * n) >= cfg.batch_size, f"--fraction {cfg.fraction}: keeps fewer than a batch")
     if cfg.dynamics:
-        dynamics["ref"], flops["ref"] = load_dynamics(cfg.dynamics, fingerprints[0])
+        dynamics["ref"], _, flops["ref"] = load_dynamics(cfg.dynamics, fingerprints[0])
     sizes = [backbone_size(load(name, training.names, cfg.device)[0]) for name in (cfg.ref, cfg.main) if name]
     lr = cfg.lr or (1e-5 if sizes[-1] > 200e6 else 2e-5)  # and better to miss a model now than after days
     free = next(path for i in itertools.count(1) if not (path := Path(f"runs/{cfg.task}-{i}")).exists())

@@ -409,33 +409,133 @@ def test_metrics_equal_a_count_by_hand():
     assert result == pytest.approx({"accuracy": 4 / 6, "macro_f1": (1 / 2 + 2 / 3 + 4 / 5) / 3, "n": 6})
 
 
-def test_a_set_labelled_x_and_non_x_merges_the_other_classes(tmp_path):
-    (model, tokenizer), items = tiny(), rows(40, 5)
-    path = write(tmp_path / "hans.jsonl", [{**row, "label": merge(row["label"])} for row in items])
-    cfg = settings("--train", write(tmp_path / "train.csv", rows(9)), "--test", f"ood={path}")
-    (examples,) = measuring.read_tests(cfg)[0].values()
-    with torch.no_grad():  # a new model gives most rows one class: centre its logits, so that answers differ
+def save_classifier(path, items, names=NLI):
+    """A folder with a new model whose answers to these rows vary; how it answers them, by number."""
+    model, tokenizer = tiny()
+    model.config.id2label = dict(enumerate(names))
+    with torch.no_grad():  # a new model gives most rows one class: centre its logits
         model.classifier.bias -= model.eval()(**tokenize(tokenizer, items)).logits.mean(0)
         answers = model(**tokenize(tokenizer, items)).logits.argmax(1).tolist()
+    for part in (model, tokenizer):
+        part.save_pretrained(path)
+    return answers
+
+
+def test_a_set_labelled_x_and_non_x_merges_the_other_classes(tmp_path):
+    items = rows(40, 5)
+    path = write(tmp_path / "hans.jsonl", [{**row, "label": merge(row["label"])} for row in items])
+    answers = save_classifier(tmp_path / "model", items)
+    cfg = settings("--train", write(tmp_path / "train.csv", rows(9)), "--test", f"ood={path}")
+    said, true = measuring.score("m", tmp_path / "model", cfg, measuring.read_tests(cfg)[0])["m/ood/hans"]
     chosen, gold = [merge(NLI[i]) for i in answers], [merge(row["label"]) for row in items]
-    right = {name: sum(a == b == name for a, b in zip(chosen, gold)) for name in set(gold)}
+    number = {"entailment": 1, "non-entailment": 4}  # 4: that of entailment plus that of classes
+    assert [said.tolist(), true.tolist()] == [[number[name] for name in names] for names in (chosen, gold)]
+    right = {name: sum(a == b == name for a, b in zip(chosen, gold)) for name in number}
     f1 = [2 * right[name] / (chosen + gold).count(name) for name in right]
-    assert measuring.score(model, tokenizer, examples, settings()) == pytest.approx(
+    assert ftft.metrics(said, true) == pytest.approx(
         {"accuracy": sum(right.values()) / 40, "macro_f1": np.mean(f1), "n": 40})
 
 
+@pytest.mark.parametrize("names", [["ENTAILMENT", "Neutral", "contradiction"], ["c", "e", "n"]])
+def test_any_classifier_is_scored_by_the_names_of_its_classes(names, tmp_path, capsys):
+    items = rows(40, 5)
+    answers = save_classifier(tmp_path / "model", items, names)
+    own = [next(label for label in NLI if label[0] == names[i][0].lower()) for i in answers]
+    test = write(tmp_path / "same.jsonl", items)
+    hans = write(tmp_path / "hans.csv", [{**row, "label": merge(row["label"])} for row in items])
+    measuring.main([str(tmp_path / "model"), "--test", f"id={test}", f"ood={hans}", "--json"])
+    (scores,) = json.loads(capsys.readouterr().out)["methods"].values()
+    for form, score in zip((str, merge), scores.values()):
+        right = [form(a) == form(row["label"]) for a, row in zip(own, items)]
+        assert score["score"] == pytest.approx(100 * np.mean(right))
+
+
+def test_what_cannot_be_scored_is_refused_in_a_line(tmp_path, models, capsys):
+    save_classifier(tmp_path / "numbered", rows(9), ["LABEL_0", "LABEL_1", "LABEL_2"])
+    test = write(tmp_path / "same.jsonl", rows(9))
+    for name, named in (("numbered", "LABEL_0, LABEL_1"), ("nothing", "cannot load"), (models[0], "head")):
+        with pytest.raises(SystemExit) as stopped:
+            capsys.readouterr()
+            measuring.main([str(tmp_path / name), "--test", f"id={test}"])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1 and named in said
+
+
+def answered(n, right, classes=2, seed=0):
+    """Answers (2, n) of which a share is right."""
+    rng = np.random.default_rng(seed)
+    gold = rng.integers(classes, size=n)
+    return np.stack([np.where(np.arange(n) < right * n, gold, (gold + 1) % classes), gold])
+
+
+def test_intervals_are_those_of_the_normal_approximation():
+    n, runs = 2000, {}
+    for folder, seed in (("a", 0), ("b", 1)):
+        one, other = (answered(n, share, seed=seed) for share in (0.8, 0.7))  # 10% of the answers differ
+        runs[folder] = {"config": {"task": "custom"}, "cost": {}, "phases": {}}, {
+            "org/one/id/x": one, "erm/id/x": other}
+    width = lambda p, variance: [p - 196 * (variance / n) ** 0.5, p + 196 * (variance / n) ** 0.5]
+    single = measuring.compare({"a": runs["a"]}, "erm")
+    both = measuring.compare(runs, "erm")
+    for found, expected in ((single["methods"]["org/one"], width(80, 0.8 * 0.2)),
+                            (single["differences"]["org/one - erm"], width(10, 0.1 * 0.9)),
+                            (both["runs"]["erm, b"], width(70, 0.7 * 0.3)),
+                            (both["differences"]["org/one - erm"], width(10, 0.1 * 0.9))):
+        assert [found["x"]["low"], found["x"]["high"]] == pytest.approx(expected, abs=0.25)
+        assert found["x"]["score"] == pytest.approx(np.mean(expected))
+
+
+def test_differences_vary_with_the_runs_as_well():
+    def difference(*shares):
+        about = {"config": {"task": "custom"}, "cost": {}, "phases": {}}
+        answers = [{"ftft/id/x": answered(5000, share), "erm/id/x": answered(5000, 0.5)} for share in shares]
+        found = measuring.compare({i: (about, given) for i, given in enumerate(answers)}, "erm")
+        return found["differences"]["ftft - erm"]["x"]
+    steady, wavering = difference(0.6, 0.6, 0.6), difference(0.4, 0.6, 0.8)
+    assert steady["score"] == wavering["score"] == pytest.approx(10) and steady["low"] > 9
+    assert wavering["low"] < 0 and wavering["high"] > 20
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_scores_on_resamples_equal_metrics_on_repeated_examples(metric):
+    said, true = answered(50, 0.6, classes=3)
+    for times, score in list(zip(measuring.resamples(50), measuring.bootstrap(said, true, metric)))[:20]:
+        repeated = [np.repeat(part, times.astype(int)) for part in (said, true)]
+        assert times.sum() == 50 and score == pytest.approx(100 * ftft.metrics(*repeated)[metric])
+    assert (measuring.resamples(50)[0] == 1).all() and measuring.resamples(50)[1:].std() > 0.9
+
+
 def test_the_table_gives_mean_and_sample_deviation_over_runs():
-    accuracies, phase = [0.5, 0.6, 0.8], {"examples": 10, "seconds": 1.0}
-    run = {"config": {"task": "custom"}, "cost": {"erm": 1.0}, "phases": {"erm": phase}}
-    runs = [(run, {"erm": {"id": {"x": {"accuracy": a}}, "ood": {}, "adversarial": {}}}) for a in accuracies]
-    assert any(line.startswith("erm") and "63.3 ± 15.3" in line for line in measuring.table(runs))
+    phase = {"examples": 10, "seconds": 1.0}
+    runs = {str(a): ({"config": {"task": "custom"}, "cost": {"erm": 1.0}, "phases": {"erm": phase}},
+                     {"erm/id/x": answered(20, a)}) for a in (0.5, 0.6, 0.8)}
+    table = measuring.table(measuring.compare(runs, "erm"))
+    assert table[:4] == [["", "ID", "cost", "examples", "seconds"], ["", "x"], ["n", "20"],
+                         ["erm", "63.3 ± 15.3", "1.00 ± 0.00", "10 ± 0", "1 ± 0"]]
+    assert "| erm | 63.3 ± 15.3 |" in measuring.lay_out(table, True) and len(table) == 7
+
+
+def test_transfer_gives_overlap_and_rank_correlations(tmp_path, capsys):
+    places = {"a": [(0.5, 0.4), (0.6, 0.3), (0.7, 0.2), (0.8, 0.1)],     # confidence, variability: 0, 1 kept
+              "b": [(0.5, 0.1), (0.6, 0.3), (0.7, 0.2), (0.4, 0.35)]}    # 1, 3 kept
+    run = json.dumps({"fingerprints": ["f"], "config": {"fraction": 0.5}})
+    for name, values in places.items():
+        (tmp_path / name / "ref").mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text(run)
+        np.savez(tmp_path / name / "ref" / "dynamics.npz", labels=np.zeros(4, int), fingerprint="f", flops=1,
+                 logits=logits_of([[c - v, c + v] for c, v in values]))
+    measuring.main(["--transfer", str(tmp_path / "a"), str(tmp_path / "b"), "--json"])
+    ((_, _, *numbers),) = map(dict.values, json.loads(capsys.readouterr().out))
+    # by Spearman's formula, 1 - 6 * (sum of squared differences of ranks, 18 and 12) / (4 * (16 - 1))
+    assert numbers == pytest.approx([0.5, 0.5, -0.8, -0.2])
+    assert measuring.average_ranks([3, 1, 3]).tolist() == [2.5, 1, 2.5]
 
 
 def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
     items = rows(30)
     train, test = write(tmp_path / "train.csv", items), write(tmp_path / "test.csv", rows(5, 9) + items[3:5])
     _, lines = measuring.read_tests(settings("--train", train, "--test", f"ood={test}"))
-    assert len(lines) == 1 and "2 also in the training set: its rows 5, 6" in lines[0]
+    assert len(lines) == 1 and "2 also in the training set, first its rows 5, 6" in lines[0]
 
 
 # ---------------------------------------------------------------- whole runs
@@ -446,8 +546,8 @@ def test_a_run_leaves_what_the_readme_lists(how, task, tmp_path, capsys):
     out, name = tmp_path / "run", "ftft" if how == "ambiguous" else how
     measuring.main([main([*task, "--select", how, "--out", str(out)]).out])
     shown = capsys.readouterr().out
-    files = {"run.json", "selected.json", "results.json", "log.txt", "learning_curves.png", name}
-    files |= {"ref", "data_map.png"} if how != "random" else set()
+    files = {"run.json", "selected.json", "predictions.npz", "results.json", "log.txt", name}
+    files |= {"learning_curves.png"} | ({"ref", "data_map.png"} if how != "random" else set())
     assert {path.name for path in out.iterdir()} == files
     chosen, phase = json.loads((out / "selected.json").read_text()), run_json(out)["phases"][name]
     assert len(set(chosen["rows"])) == 24 and chosen["rows"] == sorted(chosen["rows"]) and phase["dev"]
@@ -499,9 +599,8 @@ def test_early_stopping_keeps_the_best_weights_and_erm_runs_on(task, tmp_path):
     assert phases["ftft"]["steps"] == 6 * len(scores["ftft"]) < 72 and scores["erm"][-1] < max(scores["erm"])
     assert scores["ftft"].index(max(scores["ftft"])) == len(scores["ftft"]) - 3  # patience is 2
     for name in scores:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / name)
-        assert measuring.score(model, tokenizer, ftft.read(dev), cfg)["accuracy"] == max(scores[name])
+        answers = measuring.score(name, tmp_path / "run" / name, cfg, {("id", "dev"): ftft.read(dev)})
+        assert ftft.metrics(*answers[f"{name}/id/dev"])["accuracy"] == max(scores[name])
 
 
 def test_without_a_dev_set_a_third_of_erms_steps_is_trained_by_an_unusual_model_too(task, tmp_path, capsys):
@@ -726,7 +825,7 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
     "more fields than columns": ({"--train": "wide.csv"}, "line 3: has no columns, or too many"),
     "one class only": ([ONE] * 40, "one class"),
     "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "pairs"),
-    "a label unknown to training": ({"--test": "id=odd.jsonl"}, "line 2: the training set has no label oth"),
+    "a label unknown to training": ({"--test": "id=odd.jsonl"}, "line 2: other is none of contradiction"),
     "a test set without a kind": ({"--test": "odd.jsonl"}, "id=FILE"),
     "two sets of one name": ({"--test": ["id=same.jsonl", "ood=same.jsonl"]}, "called same"),
     "a fraction below a batch": ({"--fraction": "0.1"}, "fewer than a batch"),
