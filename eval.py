@@ -294,9 +294,9 @@ def draw_data_map(folder, run):
     grid = dict(gridsize=60, mincnt=1, extent=(0, x.max(), 0, 1))
     colours = axes.hexbin(x, y, correctness, vmin=0, vmax=1, linewidths=0, **grid)
     counts = axes.hexbin(x, y, visible=False, **grid).get_array()
-    colours.set_alpha(0.5 + 0.5 * np.log(counts) / np.log(counts.max() + 1))
+    colours.set_alpha(0.3 + 0.7 * np.log(counts) / np.log(counts.max() + 1))
     frames = axes.hexbin(x[kept], y[kept], **grid)
-    frames.set(array=None, facecolor="none", edgecolor="crimson", linewidth=0.7)
+    frames.set(array=None, facecolor="none", edgecolor="crimson", linewidth=0.5)
     figure.colorbar(colours, label="correctness (share of epochs)")
     axes.set(xlabel="variability (spread of p(gold) over epochs)", ylabel="confidence (mean of p(gold))",
              title=f"{len(x):,} examples (paler: fewer), {len(kept):,} kept (red)")
