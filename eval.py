@@ -2,7 +2,7 @@
 
   python eval.py runs/a                     # score the run's models, if that is still to do; show its table
   python eval.py runs/a runs/b runs/c       # several seeds of one setting: mean ± standard deviation
-  python eval.py MODEL --task nli           # any classifier, a folder or Hub id, on the paper's test sets
+  python eval.py MODEL --task nli           # any classifier, a folder or Hub id, on the task's test sets
   python eval.py MODEL --test ood=b.csv     # or on sets of your own
   python eval.py --transfer runs/a runs/b   # how far do references agree on which rows to keep?
 
@@ -35,8 +35,8 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
-from ftft import (SHORT_LABELS, Examples, Settings, built_in, data_map, encode, load_dynamics, load_task,
-                  metrics, predict, read, refusing, require, select, write, write_json)
+from ftft import (SHORT_LABELS, Examples, Settings, built_in, data_map, encode, fingerprint, load_dynamics,
+                  load_task, metrics, predict, read, refusing, require, select, write, write_json)
 
 KINDS = {"id": "ID", "ood": "OOD", "adversarial": "adversarial"}
 METHODS = ["erm", "random", "easy", "hard", "dm", "ftft", "ref"]  # in this order in the table
@@ -56,8 +56,8 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
 
 
 def read_tests(cfg, training=None):
-    """The test sets of a run, {(kind, name): Examples}, and a line on each. --test replaces the task's. Of
-    `training`, given where there is no run, only the names of the classes matter."""
+    """The test sets of a run, {(kind, name): Examples}, and a line on each. --test replaces the task's.
+    `training` is read, too, unless given; of a saved classifier only the names of its classes matter."""
     if cfg.task == "built-in":
         sets, _ = built_in()
         return {(kind, kind): sets[kind] for kind in KINDS}, []
@@ -73,31 +73,29 @@ def read_tests(cfg, training=None):
         require(name not in [other for _, other in tests],
                 f"--test {source}: results go by name, and another set is called {name}; rename the file")
         examples = tests[kind, name] = read(source, like)
-        non_x = examples.labels.max().item()  # X / non-X, as HANS is labelled: non-X has X's number + classes
+        non_x = examples.labels.max().item()  # perhaps X / non-X, as in HANS: X's number + classes
         require(non_x < classes or {*examples.labels.tolist()} <= {non_x - classes, non_x},
                 f"{source}: labels must be X and {like.names[non_x]} only, or the training set's own")
         lines.append(f"{kind} {name}: {len(examples.texts)} rows, {examples.dropped} more without a label")
         if twins := [row for row, text in enumerate(examples.texts) if text in known]:
-            lines[-1] += f"; {len(twins)} also in the training set, first its rows {str(twins[:9])[1:-1]}"
+            lines[-1] += f"; {len(twins)} also in the training set, such as its rows {str(twins[:9])[1:-1]}"
     return tests, lines
 
 
 def load_classifier(name, device):
-    """(model, tokenizer, names of its classes, ENTAILMENT or e read as entailment) of a saved classifier."""
+    """(model, tokenizer, names of its classes, in lower case and with e as entailment) of a classifier."""
     with refusing(f"cannot load the classifier {name}", "give the folder or Hub id of a saved classifier"):
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    require(not info["missing_keys"], f"{name}: has no trained head; fine-tune it, as ftft.py does, and save")
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    known = {**SHORT_LABELS, **{label: label for label in SHORT_LABELS.values()}}
-    return model.to(device), tokenizer, [known.get(name.lower(), name) for name in names]
+    require(tokenizer.pad_token and not info["missing_keys"], f"{name}: has no trained head or no padding")
+    labels = [model.config.id2label[i].lower() for i in range(model.config.num_labels)]
+    return model.to(device), tokenizer, [SHORT_LABELS.get(label, label) for label in labels]
 
 
 def score(name, folder, cfg, tests=None):
-    """What the classifier in `folder` says and the gold labels, {"NAME/KIND/SET": (2, n)}, by the numbers of
-    its classes; non-X has X's number plus that of classes. Without `tests` these are read for its own
-    classes: labels go by name, as models number them differently."""
+    """What the classifier in `folder` says and, below it, the gold labels, {"NAME/KIND/SET": (2, n)}, by the
+    numbers of its classes. Without `tests`, sets are read by their names: models number them differently."""
     model, tokenizer, classes = load_classifier(folder, cfg.device)
     tests, answers = tests or read_tests(cfg, Examples([], None, classes))[0], {}
     for (kind, test), examples in tests.items():
@@ -110,12 +108,13 @@ def score(name, folder, cfg, tests=None):
     return answers
 
 
-def score_run(folder):
+def score_run(folder, run):
     """Score each model of a run on each test set, write model cards, draw; results.json comes last."""
-    run = json.loads((folder / "run.json").read_text())
     here = run["config"]["device"] if torch.cuda.is_available() else "cpu"  # trained elsewhere, perhaps
     cfg = Settings(**{**run["config"], "out": str(folder), "device": here})
-    tests, lines = read_tests(cfg)
+    training = load_task(cfg)[0]
+    require(fingerprint(training) == run["fingerprints"][0], f"{folder}: restore its training set")
+    tests, lines = read_tests(cfg, training)
     print(*lines, sep="\n", file=sys.stderr)
     answers, results = {}, {}
     for method in sorted(run["phases"], key=METHODS.index):
@@ -125,7 +124,7 @@ def score_run(folder):
         write_card(folder / method, run, results[method])
     draw_data_map(folder, run)
     draw_learning_curves(folder, run)
-    write(folder / "predictions.npz", lambda partial: np.savez_compressed(open(partial, "wb"), **answers))
+    write(folder / "predictions.npz", lambda partial: np.savez(open(partial, "wb"), **answers))
     write_json(folder / "results.json", results)
 
 
@@ -135,7 +134,7 @@ def write_card(folder, run, results):
     scores = [f"| {KINDS[kind]} | {test} | {100 * r['accuracy']:.2f} | {100 * r['macro_f1']:.2f} | {r['n']} |"
               for kind, tests in results.items() for test, r in tests.items()]
     flags = [shlex.join([f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])])
-             for key, value in cfg.items() if value not in (None, [])]
+             for key, value in cfg.items() if value not in (None, [], "custom")]
     cost = f", {run['cost'][name]:.2f} of ERM's cost, reference included" if name in run["cost"] else ""
     (folder / "README.md").write_text("\n".join([
         f"# {phase['model']}, fine-tuned on {cfg['train'] or cfg['task']} ({name})", "",
@@ -152,17 +151,17 @@ def load_runs(folders):
     """{folder: (run.json, answers)} of runs of one setting; those not yet scored are scored first."""
     runs, first = {}, {}
     for folder in map(Path, folders):
-        require((folder / "run.json").exists(), f"{folder}: is no run; for a model, add --task or --test")
-        run = json.loads((folder / "run.json").read_text())
-        cfg, first = run["config"], first or run["config"]
+        with refusing(f"{folder}: is no run", "for a classifier, add --task or --test"):
+            run = json.loads((folder / "run.json").read_text())
+            cfg = run["config"] | {"training set": run["fingerprints"]}
+        first = first or cfg
         unlike = {key for key in cfg if cfg[key] != first.get(key)} - {"seed", "out", "device", "dynamics"}
         require(not unlike, f"{folder}: differs from {folders[0]} in {', '.join(unlike)}; show it alone")
         require(run["cost"] and not (folder / "checkpoint").exists(),
                 f"{folder}: did not finish; continue it: python ftft.py --resume {folder}")
         if not ((folder / "predictions.npz").exists() and (folder / "results.json").exists()):
-            score_run(folder)
-        with np.load(folder / "predictions.npz", allow_pickle=False) as saved:
-            runs[str(folder)] = run, dict(saved)
+            score_run(folder, run)
+        runs[str(folder)] = run, dict(np.load(folder / "predictions.npz", allow_pickle=False))
     return runs
 
 
@@ -171,8 +170,8 @@ def resamples(n, draws=1000):
     """How often each of n examples is in the data itself (once: row 0) and in each bootstrap resample of it,
     (1 + draws, n). They are the same for all methods and runs: hence scores on a resample are paired."""
     rng = np.random.default_rng(0)
-    drawn = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)]
-    return np.stack([np.ones(n), *drawn], dtype=np.float32, casting="unsafe")
+    counts = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws))
+    return np.stack([np.ones(n, "f4"), *map(np.float32, counts)])
 
 
 def bootstrap(predicted, gold, metric):
@@ -185,36 +184,37 @@ def bootstrap(predicted, gold, metric):
     return 100 * np.nanmean(2 * hits / np.where(said + true, said + true, np.nan), axis=1, dtype=float)
 
 
-def digest(scores):
-    """Of (runs, 1 + draws): mean and sample deviation; of one run only, what holds 95% of its resamples."""
-    own = scores[:, 0]
-    if len(own) > 1:
-        return {"score": own.mean(), "std": own.std(ddof=1)}
-    return dict(zip(("score", "low", "high"), [*own, *np.percentile(scores[:, 1:], [2.5, 97.5])]))
+def summary(scores):
+    """Of scores (runs, 1 + draws): mean and sample deviation; of one run its 95% bootstrap interval."""
+    if len(scores) > 1:
+        return {"score": scores[:, 0].mean(), "std": scores[:, 0].std(ddof=1)}
+    low, high = np.percentile(scores[0, 1:], [2.5, 97.5])
+    return {"score": scores[0, 0], "low": low, "high": high}
 
 
 def compare(runs, against):
     """What is known of runs {folder: (run.json, answers)}, as --json prints it. Intervals of a run are over
-    examples; those of a method's difference to `against`, over examples and runs, narrow if these are few."""
-    about, drawn = [run for run, _ in runs.values()], {}
-    spent = {method: {"cost": [run["cost"][method] for run in about if method in run["cost"]], **{
-        key: [run["phases"][method][key] for run in about] for key in ("examples", "seconds")}}
-        for method in about[0]["phases"]}
-    found = {"metric": "macro_f1" if about[0]["config"]["task"] == "hsd" else "accuracy", "sets": {},
-             "methods": {}, "runs": {}, "differences": {}, "spent": spent}
+    examples; those of a method's difference to `against`, over examples and runs: too narrow for few runs."""
+    infos = [run for run, _ in runs.values()]
+    spent = {method: {"cost": [run["cost"][method] for run in infos if method in run["cost"]], **{
+        key: [run["phases"][method][key] for run in infos] for key in ("examples", "seconds")}}
+        for method in sorted(infos[0]["phases"], key=METHODS.index)}
+    found = {"metric": "macro_f1" if infos[0]["config"]["task"] == "hsd" else "accuracy", "sets": {},
+             "methods": {method: {} for method in spent}, "runs": {}, "differences": {}, "spent": spent}
+    scores = {}  # of a method on a set: (runs, 1 + draws)
     for key, pair in (item for _, answers in runs.values() for item in answers.items()):
         method, kind, test = key.rsplit("/", 2)  # that method may be a model on the Hub, with a slash
         found["sets"][test] = {"kind": kind, "n": pair.shape[1]}
-        drawn.setdefault((method, test), []).append(bootstrap(*pair, found["metric"]))
-    picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), 1001))
+        scores.setdefault((method, test), []).append(bootstrap(*pair, found["metric"]))
+    picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), 1001))  # runs of each resample
     picked[:, 0] = range(len(runs))
-    for (method, test), scores in drawn.items():
-        found["methods"].setdefault(method, {})[test] = digest(np.stack(scores))
-        for folder, own in zip(runs, scores) if len(runs) > 1 else ():
-            found["runs"].setdefault(f"{method}, {folder}", {})[test] = digest(own[None])
-        if method != against and (against, test) in drawn:
-            gaps = np.take_along_axis(np.subtract(scores, drawn[against, test]), picked, axis=0).mean(0)
-            found["differences"].setdefault(f"{method} - {against}", {})[test] = digest(gaps[None])
+    for (method, test), own in scores.items():
+        found["methods"].setdefault(method, {})[test] = summary(np.stack(own))
+        for folder, one in zip(runs, own) if len(runs) > 1 else ():
+            found["runs"].setdefault(f"{method}, {folder}", {})[test] = summary(one[None])
+        if method != against and (against, test) in scores:
+            gaps = np.take_along_axis(np.subtract(own, scores[against, test]), picked, axis=0).mean(0)
+            found["differences"].setdefault(f"{method} - {against}", {})[test] = summary(gaps[None])
     return found
 
 
@@ -263,7 +263,7 @@ def average_ranks(values):
 def transfer(folders):
     """Of each pair of models with dynamics in these runs: the share of the rows kept as ambiguous by one that
     the other keeps, too, what chance gives, and Spearman's rank correlation of statistics of all rows."""
-    paths = [path.parent for folder in folders for path in sorted(Path(folder).glob("*/dynamics.npz"))]
+    paths = sorted({path.parent for folder in folders for path in Path(folder).glob("*/dynamics.npz")})
     require(len(paths) > 1, f"--transfer {folders}: fewer than two models with dynamics; name more runs")
     run, kept, ranks = json.loads((paths[0].parent / "run.json").read_text()), {}, {}
     for path in map(str, paths):
@@ -310,6 +310,7 @@ def draw_learning_curves(folder, run):
     for method in (m for m in METHODS if m in run["cost"] and run["phases"][m]["dev"]):
         phase = run["phases"][method]
         steps, scores = np.array(phase["dev"]).T
+        # what was spent in the end, less what was still to be trained
         cost = run["cost"][method] + phase["flops"] / phase["erm_flops"] * (steps / phase["steps"] - 1)
         curve, = axes.plot(cost, 100 * scores, marker=".", label=method)
         if phase["steps"] < phase["budget"]:
@@ -321,8 +322,7 @@ def draw_learning_curves(folder, run):
 
 
 def main(argv=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: require(False, message)
     parser.add_argument("names", nargs="+", help="folders of runs; or classifiers, with --task or --test")
     parser.add_argument("--task", choices=list(TESTS), help="score classifiers on the test sets of this task")
@@ -338,7 +338,7 @@ def main(argv=None):
     if args.transfer:
         found = transfer(args.names)
         lines = ["overlap of the kept rows, what chance gives, and Spearman's rank correlations"]
-        rows = [[*map(str, row)] for row in (found[0], *map(dict.values, found))]
+        rows = [[*found[0]], *([*map(str, pair.values())] for pair in found)]
     else:
         if args.task or args.test:
             cfg = Settings(task=args.task, data=args.data, test=args.test)
@@ -351,7 +351,7 @@ def main(argv=None):
                  "cost relative to ERM, the reference's included; examples and seconds of the method alone"]
         rows = table(found)
         if all(run["config"]["task"] == "built-in" for run, _ in runs.values()):
-            lines.append(planted_line(args.names))
+            lines.append(planted_line(runs))
     text = "\n".join(["", *lines, "", lay_out(rows, args.markdown)])
     print(json.dumps(found, indent=1) if args.json else text)
 

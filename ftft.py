@@ -205,7 +205,7 @@ def read(source, like=None, limit=None):
             dropped += 1
             continue
         if like:
-            label = label if label in like.names else SHORT_LABELS.get(label, label)
+            label = label if label in like.names else SHORT_LABELS.get(label.lower(), label.lower())
             require(label in like.names, f"{where}: {label} is none of {', '.join(like.names)}; rename it")
         texts.append(text)
         golds.append(label)

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -453,7 +454,7 @@ def test_any_classifier_is_scored_by_the_names_of_its_classes(names, tmp_path, c
 def test_what_cannot_be_scored_is_refused_in_a_line(tmp_path, models, capsys):
     save_classifier(tmp_path / "numbered", rows(9), ["LABEL_0", "LABEL_1", "LABEL_2"])
     test = write(tmp_path / "same.jsonl", rows(9))
-    for name, named in (("numbered", "LABEL_0, LABEL_1"), ("nothing", "cannot load"), (models[0], "head")):
+    for name, named in (("numbered", "label_0, label_1"), ("nothing", "cannot load"), (models[0], "head")):
         with pytest.raises(SystemExit) as stopped:
             capsys.readouterr()
             measuring.main([str(tmp_path / name), "--test", f"id={test}"])
@@ -536,7 +537,7 @@ def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
     items = rows(30)
     train, test = write(tmp_path / "train.csv", items), write(tmp_path / "test.csv", rows(5, 9) + items[3:5])
     _, lines = measuring.read_tests(settings("--train", train, "--test", f"ood={test}"))
-    assert len(lines) == 1 and "2 also in the training set, first its rows 5, 6" in lines[0]
+    assert len(lines) == 1 and "2 also in the training set, such as its rows 5, 6" in lines[0]
 
 
 # ---------------------------------------------------------------- whole runs
@@ -545,7 +546,8 @@ def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
 @pytest.mark.parametrize("how", ["ambiguous", "hard", "easy", "random"])
 def test_a_run_leaves_what_the_readme_lists(how, task, tmp_path, capsys):
     out, name = tmp_path / "run", "ftft" if how == "ambiguous" else how
-    measuring.main([main([*task, "--select", how, "--out", str(out)]).out])
+    cfg = main([*task, "--select", how, "--out", str(out)])
+    measuring.main([cfg.out])
     shown = capsys.readouterr().out
     files = {"run.json", "selected.json", "predictions.npz", "results.json", "log.txt", name}
     files |= {"learning_curves.png"} | ({"ref", "data_map.png"} if how != "random" else set())
@@ -559,6 +561,13 @@ def test_a_run_leaves_what_the_readme_lists(how, task, tmp_path, capsys):
     assert result["id"]["same"]["accuracy"] == pytest.approx(np.mean(right))
     measuring.main([str(out)])
     assert capsys.readouterr().out.strip() in shown  # the same table, from disk
+    command = (out / name / "README.md").read_text().split("python ftft.py ")[1]
+    assert ftft.settings(shlex.split(command)) == cfg
+    (out / "results.json").unlink()
+    write(tmp_path / "train.jsonl", rows(49))
+    with pytest.raises(SystemExit):
+        measuring.main([str(out)])
+    assert "restore its training set" in capsys.readouterr().err
 
 
 def test_costs_count_real_tokens_and_the_reference(task, tmp_path, models):
