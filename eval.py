@@ -4,7 +4,7 @@
   python eval.py runs/a runs/b runs/c       # several seeds of one setting: mean ± standard deviation
   python eval.py MODEL --task nli           # any classifier, a folder or Hub id, on the task's test sets
   python eval.py MODEL --test ood=b.csv     # or on sets of your own
-  python eval.py --transfer runs/a runs/b   # how far do references agree on which rows to keep?
+  python eval.py --transfer runs/a runs/b   # do the runs' models agree on which rows to keep?
 
 The kinds of set, by an item each of the NLI task:
 
@@ -206,8 +206,8 @@ def compare(runs, against):
         method, kind, test = key.rsplit("/", 2)  # that method may be a model on the Hub, with a slash
         found["sets"][test] = {"kind": kind, "n": pair.shape[1]}
         scores.setdefault((method, test), []).append(bootstrap(*pair, found["metric"]))
-    picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), 1001))  # runs of each resample
-    picked[:, 0] = range(len(runs))
+    picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), 1001))  # the runs in each resample
+    picked[:, 0] = range(len(runs))  # the data itself
     for (method, test), own in scores.items():
         found["methods"].setdefault(method, {})[test] = summary(np.stack(own))
         for folder, one in zip(runs, own) if len(runs) > 1 else ():
