@@ -206,8 +206,8 @@ def compare(runs, against):
         method, kind, test = key.rsplit("/", 2)  # that method may be a model on the Hub, with a slash
         found["sets"][test] = {"kind": kind, "n": pair.shape[1]}
         scores.setdefault((method, test), []).append(bootstrap(*pair, found["metric"]))
-    picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), 1001))  # the runs in each resample
-    picked[:, 0] = range(len(runs))  # the data itself
+    picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), len(resamples(1))))
+    picked[:, 0] = range(len(runs))  # each resample is of some runs, the data itself of each once
     for (method, test), own in scores.items():
         found["methods"].setdefault(method, {})[test] = summary(np.stack(own))
         for folder, one in zip(runs, own) if len(runs) > 1 else ():
