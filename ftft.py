@@ -1,24 +1,27 @@
-"""FTFT: efficient and robust fine-tuning by transferring training dynamics, in one file.
+"""FTFT: fine-tune a large model on the training examples that a small model finds ambiguous.
 
-Fine-tuned language models break on out-of-distribution and adversarial input, because shortcuts solve most of
-their training examples. Training on the examples that a model keeps changing its mind about makes it more
-robust, and a far smaller model can find them (Du, Gatt and Nguyen, arXiv 2310.06588). The four steps:
+Fine-tuned language models break on out-of-distribution and adversarial input, because shortcuts
+solve most of their training examples. A model that trains on the examples it keeps changing its
+mind about becomes more robust, and a much smaller model can find these examples for it. This is
+FTFT (Du, Gatt and Nguyen, arXiv 2310.06588), in four steps:
 
-  1. fine-tune a small reference model on everything; `dynamics` (epochs, n, classes) takes all logits
-  2. draw the data map: `confidence` and `variability` (n,), mean and spread of p(gold) over the epochs
-  3. keep `rows` (k,): the third of the examples whose p(gold) swings most
-  4. fine-tune the large main model on those rows only, for fewer steps
+  1. Fine-tune a small reference model on all n training examples, and log its training dynamics:
+     `dynamics` (epochs, n, classes) holds the logits of every example in every epoch.
+  2. Draw the data map: `confidence` and `variability` (n,) are the mean and the standard
+     deviation of p(gold), the probability of the correct class, over the epochs.
+  3. Keep `rows` (k,), the third of the examples with the highest variability.
+  4. Fine-tune the large main model on those rows only, for fewer steps.
 
-  python ftft.py                                            # built-in task, offline, 70 s on two CPU cores
-  python ftft.py --ref deberta-small --main deberta-large   # MultiNLI, then HANS, WANLI and ANLI
+  python ftft.py                                            # built-in task, offline, on a CPU
+  python ftft.py --ref deberta-small --main deberta-large   # MultiNLI, then ANLI, HANS and WANLI
 
-An example has one name for life, its row in the training list, whichever model and tokenizer is at work.
+The method ends with `main`; what follows is machinery. An example has one name for life, whichever
+model and tokenizer is at work: its row number in the training list.
 """
 import argparse
 import collections
 import contextlib
 import csv
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -26,11 +29,9 @@ import json
 import logging
 import math
 import os
-import shutil
-import signal
 import sys
 import time
-import zipfile
+import zlib
 from pathlib import Path
 
 import datasets
@@ -38,187 +39,573 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tqdm
 import transformers
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: faster on a CPU
 
 # ---------------------------------------------------------------- settings
 
-
-def option(default, help, **more):
-    return dataclasses.field(default=default, metadata={"help": help, **more})
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    # the method
-    ref: str = option(None, "reference: a short name (deberta-small, bert-tiny, ..), Hub id or folder")
-    main: str = option(None, "main model, likewise")
-    dynamics: str = option(None, "instead of --ref: an earlier reference to reuse, such as runs/a/ref")
-    select: str = option("ambiguous", "default: ambiguous", choices=["ambiguous", "hard", "easy", "random"])
-    fraction: float = option(0.33, "share of the training rows to keep (default: 0.33)")
-    baselines: tuple = option((), "train these as well", choices=["erm", "random", "hard", "easy", "dm"])
-    # the data
-    task: str = option(None, "default: nli (MultiNLI); hsd: CAD", choices=["nli", "hsd", "built-in"])
-    data: str = option(None, "folder with the task's files as their authors release them, instead of the Hub")
-    train: str = option(None, "training file of your own: .jsonl, .csv or .tsv")
-    dev: tuple = option((), "files to choose the best weights by, and to stop early")
-    test: tuple = option((), "files to report on, each as id=FILE, ood=FILE or adversarial=FILE")
-    limit: int = option(None, "take the first N training rows only")
-    out: str = option(None, "folder for the run, a new one (default: runs/TASK-1, -2, ..)")
-    resume: str = option(None, "continue the run in this folder; all other settings are its own")
-    # the training
-    epochs: int = option(4, "epochs of the reference model and of ERM (default: 4)")
-    steps: int = option(None, "budget of the other models (default: ERM's; a third of it without dev sets)")
-    patience: int = option(2, "stop after N of the 12 evaluations without a rise (default: 2); never ERM")
-    batch_size: int = option(32, "rows a step (default: 32)")
-    grad_accum: int = option(1, "work through each batch in N pieces: less memory, the same gradient")
-    lr: float = option(None, "of main models (default: 2e-5; from 200M parameters beside embeddings 1e-5)")
-    ref_lr: float = option(2e-5, "learning rate of the reference model (default: 2e-5)")
-    max_length: int = option(300, "tokens after which an input is cut (default: 300)")
-    seed: int = option(0, "seed of new weights, order of rows, dropout and random selection (default: 0)")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "default: a GPU if there is one")
-    amp: str = option(None, "default: bf16 on a GPU, or else fp16", choices=["bf16", "fp16", "off"])
-
-
-MODELS = {**{f"deberta-{s}": f"microsoft/deberta-v3-{s}" for s in ("xsmall", "small", "base", "large")},
-          **{f"electra-{s}": f"google/electra-{s}-discriminator" for s in ("small", "base", "large")},
-          **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
-          **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")},
-          "bert-tiny": "prajjwal1/bert-tiny"}
-# Two transformers that train from scratch in seconds; that takes higher learning rates than fine-tuning does.
-BUILT_IN = dict(task="built-in", ref="built-in-2x64", main="built-in-4x128", baselines=("erm", "random"),
-                lr=5e-4, ref_lr=1e-3)
-
-
-def require(condition, message):
-    """Where a user's input falls short: one line on stderr that says what to mend, and exit code 2."""
-    if not condition:
-        print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)  # on one line
-        raise SystemExit(2)
-
-
-@contextlib.contextmanager
-def refusing(what, remedy, errors=Exception):
-    """What fails inside is the user's to mend: said in the line that `require` prints."""
-    try:
-        yield
-    except errors as error:
-        require(False, f"{what} ({error}); {remedy}")
+# A phase trains on all rows, on random ones, or on those that the data map of `source` favours.
+# `stops`: it may stop early. The reference and plain fine-tuning (ERM) never do: they train on
+# everything for whole epochs, and log their dynamics.
+Method = collections.namedtuple("Method", "rows source stops")
+METHODS = {"ref": Method("all", None, False),
+           "erm": Method("all", None, False),
+           "erm-es": Method("all", None, True),
+           "random": Method("random", None, True),
+           "easy": Method("easy", "ref", True),
+           "hard": Method("hard", "ref", True),
+           "dm": Method("ambiguous", "erm", True),  # dataset cartography: the main model chooses
+           "ftft": Method("ambiguous", "ref", True)}
+MODELS = {
+    **{f"deberta-{s}": f"microsoft/deberta-v3-{s}" for s in ("xsmall", "small", "base", "large")},
+    **{f"electra-{s}": f"google/electra-{s}-discriminator" for s in ("small", "base", "large")},
+    **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
+    **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")},
+    "bert-tiny": "prajjwal1/bert-tiny"}
+# Two models of random weights, 2 layers x 64 and 4 x 128, which take higher learning rates.
+BUILT_IN = {"task": "built-in", "ref": "built-in-2x64", "main": "built-in-4x128",
+            "methods": ["ftft", "erm", "random"], "lr": 5e-4, "ref_lr": 1e-3}
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def settings(argv=None):
-    """The command line as Settings; what cannot work is refused here."""
-    logging.disable(logging.WARNING)  # the libraries' warnings (new heads, retries) ask nothing of a user
+    """Read the command line. Returns the settings as a namespace, `cfg`."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("method").add_argument
+    add("--ref", help="reference model: a short name (deberta-small, ..), Hub id or local folder")
+    add("--main", help="main model, likewise")
+    add("--dynamics", metavar="DIR", help="an earlier reference to reuse, such as runs/a/ref")
+    add("--methods", nargs="+", choices=[*METHODS][1:], default=["ftft"], metavar="METHOD",
+        help="models to train: ftft (default), erm, erm-es, random, easy, hard, dm")
+    add("--fraction", type=float, default=0.33, help="share of the rows to keep (default: 0.33)")
+    add("--skip-epochs", type=int, default=0, help="leave the first ones out of the data map")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--task", choices=["nli", "hsd", "built-in"], help="nli: MultiNLI (default); hsd: CAD")
+    add("--data", metavar="DIR", help="folder with the task's files, read instead of the Hub")
+    add("--train", metavar="FILE", help="your data: .jsonl, .csv, .tsv or owner/name:split (Hub)")
+    add("--dev", nargs="+", default=[], metavar="FILE", help="sets to stop by")
+    add("--test", nargs="+", default=[], metavar="FILE", help="id=FILE, ood=.., adversarial=..")
+    add("--limit", type=int, help="read this many training rows only")
+    add("--metric", choices=["accuracy", "macro-f1"], help="default: macro-f1 for hsd only")
+    add("--out", metavar="DIR", help="new folder for the run (default: runs/TASK-1, -2, ..)")
+    add("--resume", metavar="DIR", help="continue the run in this folder, with its own settings")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=4, help="of the reference and of erm (default: 4)")
+    add("--steps", type=int, help="budget of the others (default: erm's; without --dev a third)")
+    add("--patience", type=int, default=2, help="evaluations, of 12, to wait for a better score")
+    add("--batch-size", type=int, default=32, help="rows in a step (default: 32)")
+    add("--lr", type=float, help="of main models (default: 2e-5; above 200M parameters 1e-5)")
+    add("--ref-lr", type=float, default=2e-5, help="of the reference (default: 2e-5)")
+    add("--max-length", type=int, default=300, help="in tokens (default: 300)")
+    add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    add("--amp", choices=AMP, help="mixed precision (default: on cuda bf16 or fp16, else off)")
+    add("--grad-accum", type=int, default=1, help="pieces to split a batch into, to save memory")
+    return check(parser, argv)
+
+
+# ---------------------------------------------------------------- data map and selection
+
+
+def data_map(dynamics, labels):
+    """Statistics of each example over the epochs (Swayamdipta et al. 2020, section 2).
+
+    dynamics: logits (epochs, n, classes); labels: gold classes (n,). Returns three tensors (n,):
+    confidence   mean of p(gold)
+    variability  standard deviation of p(gold), dividing by the number of epochs
+    correctness  share of the epochs in which the gold class had the highest logit
+    """
+    assert dynamics.isfinite().all(), "an example was not visited in every epoch"
+    gold = labels.expand(len(dynamics), -1)                                     # (epochs, n)
+    p_gold = dynamics.softmax(-1).gather(-1, gold[..., None]).squeeze(-1)       # (epochs, n)
+    correct = dynamics.argmax(-1) == labels                                     # (epochs, n)
+    return p_gold.mean(0), p_gold.std(0, correction=0), correct.float().mean(0)
+
+
+def select(score, fraction):
+    """The rows with the highest scores: exactly k = round(fraction * n) of them.
+
+    score: (n,). Returns rows (k,), ascending. Ties go to the lower row number.
+    """
+    rows = score.argsort(descending=True, stable=True)[:round(fraction * len(score))]
+    return rows.sort().values
+
+
+# ---------------------------------------------------------------- the training loop
+
+
+def seed_for(*what):
+    """A seed for what is named, such as (0, "ftft", 3): the same in every process and run."""
+    return zlib.crc32(" ".join(map(str, what)).encode())
+
+
+def since_best(curve, warmup):
+    """How many evaluations ago the dev score was highest: 0 if the last one is the best.
+
+    curve: [[step, score], ..]. Evaluations within the warm-up do not count; -1 if all are.
+    """
+    scores = [score for step, score in curve if step > warmup]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else -1
+
+
+def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
+    """Fine-tune `model` in place, for the phase `name` of METHODS; it ends with its best weights.
+
+    data, dev: the training set and the list of dev sets, as Encoded. rows (k,): what to train on.
+    steps: the budget, over which the learning rate decays. dynamics: a tensor (epochs, n, classes)
+    in which to log the logits, in place. Returns a dictionary of what was done: steps, examples,
+    tokens, seconds, and the dev scores [[step, score], ..].
+    """
+    (rank, world), device = ranks(), model.device
+    seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es is to be ERM, cut short
+    warmup = max(1, round(0.1 * steps))
+    points = {math.ceil(steps * i / 12) for i in range(1, 13)}
+    epoch_steps = math.ceil(len(rows) / cfg.batch_size)
+    net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(
+        model, find_unused_parameters=True, forward_sync_buffers=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-6, weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "dev": []}
+    done, best = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
+    not_finite = torch.zeros((), device=device)
+
+    bar = tqdm.tqdm(desc=name, total=steps, initial=done["steps"], unit="example", leave=False,
+                    unit_scale=cfg.batch_size, disable=True if rank else None)  # None: no terminal
+    order, began = None, time.perf_counter()
+    for step in range(done["steps"], steps):
+        if METHODS[name].stops and since_best(done["dev"], warmup) >= cfg.patience:
+            break
+        epoch, place = divmod(step, epoch_steps)
+        if place == 0 or order is None:
+            order = batches(rows, data.lengths, cfg.batch_size, seed_for(*seeds, epoch))
+        batch = order[place]
+
+        # Forward and backward. Each process takes every world-th row of the batch and works
+        # through them in pieces. A loss is summed, then divided by the rows of the whole batch,
+        # so that each example weighs the same. (DDP averages over processes: hence `world`.)
+        model.train()
+        torch.manual_seed(seed_for(*seeds, step, rank))  # so dropout has no state to save
+        mine, weight = batch[rank::world], world / len(batch)
+        if len(mine) == 0:  # a process without rows takes one along, at no weight
+            mine, weight = batch[:1], 0.0
+        pieces, loss = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum)), 0.0
+        for piece in pieces:
+            net.require_backward_grad_sync = piece is pieces[-1]  # DDP adds up gradients once
+            with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
+                logits = net(**collate(data, piece, device)).logits.float()     # (piece, classes)
+            labels = data.labels[piece].to(device)
+            piece_loss = weight * F.cross_entropy(logits, labels, reduction="sum")
+            scaler.scale(piece_loss).backward()
+            loss += piece_loss.detach()
+
+            # Log the dynamics: in training mode (dropout is on) and before the update, as in
+            # dataset cartography and the authors' code. Nothing is copied to the host.
+            if dynamics is not None and weight:
+                dynamics[epoch, piece] = logits.detach()
+            not_finite += ~logits.isfinite().all()
+
+        # Update. The rate rises over the warm-up, then falls to zero at the end of the budget.
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / warmup, (steps - step) / max(1, steps - warmup))
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        not_finite += ~norm.isfinite() & (not scaler.is_enabled())
+        scaler.step(optimizer)  # leaves out a step whose fp16 gradients overflowed
+        scaler.update()
+        optimizer.zero_grad()
+        done["steps"] += 1
+        done["examples"] += len(batch)
+        done["tokens"] += int(data.lengths[batch].sum())
+        bar.update()
+        if step % 50 == 0 or done["steps"] in points:  # only now does the host wait for the device
+            loss = over_ranks(loss, dist.ReduceOp.SUM).item() / world
+            bar.set_postfix(step=done["steps"], loss=f"{loss:.3f}")
+        if done["steps"] not in points:
+            continue
+
+        # Evaluate, keep the best, stop early (above).
+        broken = over_ranks(not_finite).item() or scaler.get_scale() < 1e-3
+        require(not broken, f"{name}: the logits or gradients overflowed or diverged before "
+                f"step {done['steps']}; start anew with a lower learning rate, or with --amp off")
+        done["seconds"] += time.perf_counter() - began
+        report = f"{name}: step {done['steps']:,} of {steps:,}, loss {loss:.3f}"
+        if dev:
+            scores = [metrics(predict(model, part, cfg).argmax(1), part.labels)[cfg.metric]
+                      for part in dev]
+            done["dev"].append([done["steps"], sum(scores) / len(scores)])
+            report += f", dev {100 * done['dev'][-1][1]:.1f}"
+            if since_best(done["dev"], warmup) == 0:
+                best = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+        say(cfg, report)
+
+        # Checkpoint.
+        if dynamics is not None:
+            over_ranks(dynamics)  # each process has visited other rows
+        save_checkpoint(cfg, name, parts, dynamics, done, best)
+        began = time.perf_counter()
+    bar.close()
+    model.load_state_dict(best or model.state_dict())
+    return done
+
+
+# ---------------------------------------------------------------- the run
+
+
+def main(cfg):
+    """Run FTFT, and the methods to compare it with: they go through the same four steps."""
+    training, dev = load_task(cfg)
+    run = open_run(cfg, training, dev)
+    everything = torch.arange(len(training.labels))
+
+    # Step 1. Fine-tune the small reference model on everything, and log its training dynamics.
+    if not cfg.dynamics and "ref" in {METHODS[name].source for name in cfg.methods}:
+        fine_tune("ref", everything, training, dev, cfg, run)
+
+    for name in cfg.methods:
+        how, source, _ = METHODS[name]
+        source_flops = 0
+        if how == "all":
+            rows = everything
+        elif how == "random":
+            generator = torch.Generator().manual_seed(seed_for(cfg.seed, "random rows"))
+            rows = select(torch.rand(len(everything), generator=generator), cfg.fraction)
+            record_selection(name, rows, None, training, cfg)
+        else:
+            # Step 2. Draw the data map of the reference (for dm: of the main model, after erm).
+            folder = cfg.dynamics if cfg.dynamics and source == "ref" else Path(cfg.out, source)
+            dynamics, labels, source_flops = load_dynamics(folder, run["fingerprints"][0], cfg)
+            confidence, variability, _ = data_map(dynamics[cfg.skip_epochs:], labels)
+            # Step 3. Keep the rows that the method favours: ftft those whose p(gold) swings most.
+            score = {"ambiguous": variability, "hard": -confidence, "easy": confidence}[how]
+            rows = select(score, cfg.fraction)
+            record_selection(name, rows, select(-confidence, cfg.fraction), training, cfg)
+        # Step 4. Fine-tune the large main model on those rows only.
+        fine_tune(name, rows, training, dev, cfg, run)
+        phase = run["phases"][name]
+        run["cost"][name] = (source_flops + phase["flops"]) / phase["erm_flops"]
+        write_json(Path(cfg.out, "run.json"), run)
+    if ranks()[0] == 0:
+        Path(cfg.out, "checkpoint.pt").unlink(missing_ok=True)
+
+
+# ================================================================ machinery from here on
+
+# ---------------------------------------------------------------- models and batches
+
+# Tokenized examples: inputs {input_ids: n int32 arrays, and token_type_ids, if the model takes
+# them}, lengths (n,) in tokens, labels (n,); and their tokenizer, which pads them.
+Encoded = collections.namedtuple("Encoded", "inputs lengths labels tokenizer")
+
+
+def load(name, device, classes=None):
+    """A pretrained model with a head for these classes, or as it is (None), and its tokenizer.
+
+    Weights are float32 even if stored in fp16, as DeBERTa-v3's are. A model is refused if weights
+    of its encoder would be random; poolers may be, as they belong to a head. A trained head stays
+    only if it has these classes in this order.
+    """
+    if name in (BUILT_IN["ref"], BUILT_IN["main"]):
+        return built_in_model(name, device, classes)
+    logging.disable(logging.WARNING)  # the libraries' (of new heads, retries): nothing to mend
     transformers.utils.logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: require(False, message)
-    for field in dataclasses.fields(Settings):
-        more = {**field.metadata, **(dict(nargs="+") if field.type is tuple else dict(type=field.type))}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **more)
-    cfg = parser.parse_args(argv)
+    hub, safe = MODELS.get(name, name), {"trust_remote_code": False}
+    with refusing(f"cannot load the model {name} on {device}", "give a short name, a Hub id, or a "
+                  "folder with config.json, weights and tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(hub, **safe)
+        config = transformers.AutoConfig.from_pretrained(hub, **safe)
+        stored, config.problem_type = [name.lower() for name in config.id2label.values()], None
+        if classes:
+            config.id2label = dict(enumerate(classes))
+            config.label2id = {label: i for i, label in enumerate(classes)}
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            hub, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
+            output_loading_info=True, **safe)
+        model.to(device)
+    new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    if classes:
+        base = model.base_model_prefix + "."
+        new = {key for key in new if key.startswith(base) and "pooler" not in key}
+        for key, layer in model.named_modules():
+            if stored != [label.lower() for label in classes] and not key.startswith(base):
+                getattr(layer, "reset_parameters", int)()
+    require(not new, f"{name}: has no weights for {some(sorted(new))}; they would be random")
+    require(tokenizer.pad_token and tokenizer.padding_side == "right",
+            f"{name}: does not pad on the right; take an encoder such as bert-tiny")
+    for key, table in model.named_modules():
+        if key.endswith("position_embeddings"):  # RoBERTa's positions begin after its padding's
+            limit = table.num_embeddings - (table.padding_idx or -1) - 1
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return model, tokenizer
+
+
+def encode(model, tokenizer, examples, cfg):
+    """Examples as Encoded, each cut at --max-length or at what the model can take."""
+    inputs, limit = collections.defaultdict(list), min(cfg.max_length, tokenizer.model_max_length)
+    for start in range(0, len(examples.texts), 10_000):  # lists of Python integers take memory
+        columns = map(list, zip(*examples.texts[start:start + 10_000]))
+        tokens = tokenizer(*columns, truncation=True, max_length=limit, return_attention_mask=False)
+        for name, part in tokens.items():
+            inputs[name] += [np.array(ids, np.int32) for ids in part]
+    largest = max(ids.max() for ids in inputs["input_ids"])
+    require(largest < len(model.get_input_embeddings().weight),
+            f"{tokenizer.name_or_path}: gives token {largest}, which its model does not know")
+    lengths = torch.tensor([len(ids) for ids in inputs["input_ids"]])
+    return Encoded(inputs, lengths, examples.labels, tokenizer)
+
+
+def collate(data, rows, device):
+    """Model inputs for these rows, padded to the longest of them, each (rows, longest)."""
+    inputs = {name: [column[row] for row in rows] for name, column in data.inputs.items()}
+    return data.tokenizer.pad(inputs, return_tensors="pt").to(device)
+
+
+def batches(rows, lengths, size, seed):
+    """One epoch's batches of `size` rows: each row once, among rows of like length.
+
+    Random batches of MultiNLI are 60% padding. So the rows are shuffled, cut into pools, sorted by
+    length within a pool and cut into batches, and the batches are shuffled. Noise in the lengths
+    varies which rows meet.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    key = lengths * (1 + 0.05 * torch.rand(len(lengths), generator=generator))
+    cut = [batch for pool in rows.split(100 * size)
+           for batch in pool[key[pool].argsort()].split(size)]
+    return [cut[i] for i in torch.randperm(len(cut), generator=generator)]
+
+
+@torch.no_grad()
+def predict(model, data, cfg):
+    """Logits (n, classes) in evaluation mode, float32, on the CPU. Processes share the work."""
+    (rank, world), device = ranks(), model.device
+    model.eval()
+    logits = torch.full((len(data.labels), model.config.num_labels), -math.inf, device=device)
+    longest_first = data.lengths.argsort(descending=True, stable=True)  # with little padding
+    for rows in longest_first.split(2 * cfg.batch_size)[rank::world]:
+        with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
+            logits[rows] = model(**collate(data, rows, device)).logits.float()
+    return over_ranks(logits).cpu()
+
+
+def metrics(predicted, gold):
+    """Accuracy, macro-F1 (mean over the classes in either) and n, from class numbers (n,)."""
+    predicted, gold = np.asarray(predicted), np.asarray(gold)
+    classes = np.union1d(predicted, gold)[:, None]
+    said, true = predicted == classes, gold == classes                          # (classes, n)
+    f1 = 2 * (said & true).sum(1) / (said.sum(1) + true.sum(1))                 # (classes,)
+    return {"accuracy": float((predicted == gold).mean()), "macro-f1": float(f1.mean()),
+            "n": len(gold)}
+
+
+def backbone_size(model):
+    """Parameters that each token is multiplied with: all but the embedding tables."""
+    count = lambda part: sum(p.numel() for p in part.parameters())
+    tables = [part for part in model.modules() if isinstance(part, torch.nn.Embedding)]
+    size = count(model) - sum(map(count, tables))
+    if model.config.model_type == "albert":  # passes each token through a layer several times
+        repeats = model.config.num_hidden_layers // model.config.num_hidden_groups - 1
+        size += repeats * count(model.albert.encoder.albert_layer_groups)
+    return size
+
+
+# ---------------------------------------------------------------- a phase and a run
+
+
+def fine_tune(name, rows, training, dev, cfg, run):
+    """One phase: load a model, train it on these rows, save it in the run's folder under `name`,
+    with its dynamics if it trains on everything for whole epochs. Enters it in run.json."""
+    folder, logs, dynamics = Path(cfg.out, name), not METHODS[name].stops, None
+    if folder.exists():  # the run was resumed
+        return
+    model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
+    torch.manual_seed(cfg.seed)  # for a new head: a model has the same one in all phases
+    model, tokenizer = load(model_name, cfg.device, training.names)
+    data, *dev = [encode(model, tokenizer, examples, cfg) for examples in (training, *dev)]
+    n, flops_per_token = len(data.labels), 6 * backbone_size(model)
+    lr = lr or (1e-5 if flops_per_token > 6 * 200e6 else 2e-5)
+    steps = cfg.epochs * math.ceil(n / cfg.batch_size)
+    if logs:  # a cell that is never visited stays at -inf
+        dynamics = torch.full((cfg.epochs, n, len(training.names)), -math.inf, device=cfg.device)
+    else:
+        steps = cfg.steps or (steps if dev else max(1, round(steps / 3)))
+    compute_less(model)
+    restore = compact_embeddings(model, [data, *dev])
+    with refusing(f"{name}: out of memory", "try --grad-accum 2", torch.OutOfMemoryError):
+        done = train(name, model, data, dev, rows, steps, lr, cfg, dynamics)
+    restore()
+    run["phases"][name] = {
+        "model": model_name, "lr": lr, "budget": steps, **done,
+        "examples_per_second": done["examples"] / done["seconds"],
+        "flops": flops_per_token * done["tokens"],
+        "erm_flops": flops_per_token * data.lengths.sum().item() * cfg.epochs}
+    write_json(Path(cfg.out, "run.json"), run)
+
+    def save(partial):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if logs:
+            np.savez(partial / "dynamics.npz", logits=dynamics.cpu(), labels=training.labels,
+                     fingerprint=run["fingerprints"][0], flops=run["phases"][name]["flops"])
+    write(folder, save)
+
+
+def load_dynamics(folder, expected, cfg):
+    """(logits, labels, FLOPs) of a reference in `folder`, if the fingerprint is the expected."""
+    with (refusing(f"{folder}: cannot be read", "name the ref folder of a run"),
+          np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
+        logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
+        flops, known = int(saved["flops"]), str(saved["fingerprint"])
+    require(known == expected, f"{folder}: is of another training set; give the rows it had")
+    require(len(logits) > cfg.skip_epochs + 1, f"{folder}: has {len(logits)} epochs; a data map "
+            "needs two besides those of --skip-epochs")
+    return logits, labels, flops
+
+
+def record_selection(name, rows, hardest, training, cfg):
+    """Say how the kept rows differ from all rows, and enter it with them in selected.json."""
+    share = lambda found: round(found.float().mean().item(), 4)
+    classes = {label: [share(training.labels[rows] == i), share(training.labels == i)]
+               for i, label in enumerate(training.names)}
+    overlap = None if hardest is None else share(torch.isin(rows, hardest))
+    path = Path(cfg.out, "selected.json")
+    selected = json.loads(path.read_text()) if path.exists() else {}
+    selected[name] = {"rows": rows.tolist(), "fraction": cfg.fraction, "classes": classes,
+                      "hardest": overlap}
+    write_json(path, selected)
+    balance = some([f"{kept:.0%} {label} (of all {every:.0%})"
+                    for label, (kept, every) in classes.items()])
+    say(cfg, f"{name}: keeps {len(rows):,} of {len(training.labels):,} rows: {balance}"
+        + (f"; {overlap:.0%} are among the hardest as well" if overlap is not None else ""))
+
+
+def open_run(cfg, training, dev):
+    """Make the run's folder, or read it on --resume. Returns what run.json holds; sets cfg.out."""
+    n, sets = len(training.labels), [fingerprint(examples) for examples in (training, *dev)]
     if cfg.resume:
-        require(sum(value != parser.get_default(key) for key, value in vars(cfg).items()) == 1,
-                "--resume: all settings are the run's; give no other")
-        with refusing(f"--resume {cfg.resume}: cannot be read", "name the folder of a run"):
-            config = json.loads(Path(cfg.resume, "run.json").read_text())["config"]
-            return Settings(**config | {"out": cfg.resume, "resume": cfg.resume})
-    data = cfg.data or cfg.train or cfg.dev or cfg.test
-    if cfg.task == "built-in" or not (cfg.task or cfg.ref or cfg.main or cfg.dynamics or data):
-        parser.set_defaults(**BUILT_IN)
-        require(not (data or cfg.limit), "--task built-in has its own data; leave out other data")
-    cfg = parser.parse_args(argv)
-    cfg.task = "custom" if cfg.train else cfg.task or "nli"
-    require(cfg.main and (cfg.ref or cfg.dynamics or {cfg.select, *cfg.baselines} <= {"random", "erm", "dm"}),
-            "--ref or --main is missing: name two models, such as deberta-small and deberta-large")
-    for name, value in vars(cfg).items():
-        low, high = {"seed": (-1, 2**32), "epochs": (1, 999), "fraction": (0, 1)}.get(name, (0, 2**32))
-        require(not isinstance(value, (int, float)) or low < value <= high,
-                f"--{name.replace('_', '-')} {value}: must be above {low} and at most {high}")
-    on_gpu = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    cfg.amp = cfg.amp or ("off" if cfg.device == "cpu" else on_gpu)
-    return Settings(**vars(cfg))
+        run = json.loads(Path(cfg.out, "run.json").read_text())
+        require(run["fingerprints"] == sets, f"--resume {cfg.out}: the data changed; restore it")
+        require(run["processes"] == ranks()[1], f"--resume: start {run['processes']} processes")
+        return run
+    require(round(cfg.fraction * n) >= cfg.batch_size, "--fraction: keeps less than a batch")
+    if cfg.dynamics:
+        load_dynamics(cfg.dynamics, sets[0], cfg)
+    for name in filter(None, (cfg.ref, cfg.main)):  # better to miss a model now than after days
+        load(name, cfg.device, training.names)
+    if ranks()[0] == 0:
+        task = cfg.task or Path(cfg.train).stem
+        free = (f"runs/{task}-{i}" for i in itertools.count(1))
+        cfg.out = cfg.out or next(path for path in free if not Path(path).exists())
+        with refusing(f"--out {cfg.out}: cannot be made", "name another, or --resume this one"):
+            Path(cfg.out).mkdir(parents=True)
+    if dist.is_initialized():  # the first process names the folder
+        names = [cfg.out]
+        dist.broadcast_object_list(names)
+        cfg.out, = names
+    libraries = (torch, transformers, datasets, np)
+    run = {"config": vars(cfg), "processes": ranks()[1], "fingerprints": sets,
+           "versions": {library.__name__: library.__version__ for library in libraries},
+           "device": torch.cuda.get_device_name() if "cuda" in cfg.device else cfg.device,
+           "phases": {}, "cost": {}}
+    write_json(Path(cfg.out, "run.json"), run)
+    say(cfg, f"{cfg.out}: {n:,} training rows")
+    return run
 
 
 # ---------------------------------------------------------------- data
 
-# The paper's tasks: the training set, then the dev sets, each on the Hub and as its authors' file in --data.
-# eval.py has the test sets. As in the paper, dev data is out of distribution; it is never trained on.
+# The paper's tasks: the training set, then the dev sets, on the Hub or as their authors' files in
+# --data. (Those of hsd are not on the Hub; eval.py has the test sets.) As in the paper, dev sets
+# are out of distribution: they are used to stop, never to train.
 TASKS = {
     "nli": [("nyu-mll/multi_nli:train", "multinli_1.0/multinli_1.0_train.jsonl"),
             *[(f"facebook/anli:dev_r{r}", f"anli_v1.0/R{r}/dev.jsonl") for r in (1, 2, 3)]],
-    "hsd": [(file, file) for file in ("cad/cad_uid.train", *(  # not on the Hub: here, if not under --data
-        f"dynahate/r{r}_{form}.dev" for r in "234" for form in ("original", "perturbation")))]}
-TEXT_COLUMNS = [("premise", "hypothesis"), ("sentence1", "sentence2"), ("context", "hypothesis"),
-                ("text1", "text2"), ("text",), ("sentence",)]
-GOLD_COLUMNS = ["label", "gold_label", "gold", "labels"]
-SHORT_LABELS = {"e": "entailment", "n": "neutral", "c": "contradiction"}
+    "hsd": [(file, file) for file in ("cad/cad_uid.train", *(
+        f"dynahate/r{r}_{form}.dev" for r in (2, 3, 4) for form in ("original", "perturbation")))]}
+TEXTS = [("premise", "hypothesis"), ("sentence1", "sentence2"), ("context", "hypothesis"),
+         ("text1", "text2"), ("text",), ("sentence",)]
+LABELS = ["label", "gold_label", "gold", "labels"]
+SHORT = {"e": "entailment", "n": "neutral", "c": "contradiction"}
 
-# texts: n tuples, (premise, hypothesis) or (text,); labels (n,): numbers into names, those of the classes;
-# dropped: the number of rows left out because they have no gold label (they are labelled - or -1)
-Examples = collections.namedtuple("Examples", "texts labels names dropped", defaults=[0])
+# texts: n tuples, (premise, hypothesis) or (text,); labels (n,): class numbers; names: of classes
+Examples = collections.namedtuple("Examples", "texts labels names")
 
 
 def records(source):
-    """Yield (line number, {column: value}) of a file, or of a data set on the Hub, as owner/name:split."""
-    suffix, number, on_hub = Path(source).suffix, 0, ":" in source and not Path(source).exists()
-    kinds = (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test")
-    require(on_hub or suffix in kinds, f"{source}: is of no kind that is read; give .jsonl, .csv or .tsv")
+    """Yield (number, {column: value}) for each line of a file, or row of owner/name:split."""
+    number, kinds = 0, (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test")
     try:
-        lines = None if on_hub else open(source, encoding="utf-8-sig", newline="")
-        if on_hub:
-            path, split = source.split(":")
+        if ":" in source and not Path(source).exists():
+            path, split = source.rsplit(":", 1)
             table = datasets.load_dataset(path, split=split)
-            names = {name: kind.names for name, kind in table.features.items() if hasattr(kind, "names")}
-            rows = ((i, row | {k: v[row[k]] for k, v in names.items() if row[k] not in (None, -1)})
-                    for i, row in enumerate(table, 1))  # names, as every set numbers its classes its own way
-        elif suffix == ".jsonl":
-            rows = ((i, json.loads(line)) for i, line in enumerate(lines, 1) if line.strip())
-        else:  # CAD and DynaHate (.train, .dev, .test) are released without a header
-            header = None if suffix in (".csv", ".tsv") else ["labels", "text", "uid"]
-            table = csv.DictReader(lines, header, delimiter="," if suffix == ".csv" else "\t", strict=True)
-            rows = ((table.line_num, row) for row in table)
-        for number, row in rows:
-            json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, as JSON's \ud800 is
-            yield number, row
-    except Exception as error:  # no network, no such file, not JSON, a quote never closed, ..
-        require(False, f"{source}: cannot be read after line {number} ({error}); mend it, or see --data")
+            for number, row in enumerate(table, 1):
+                for column, kind in table.features.items():  # by name: sets differ in their numbers
+                    if isinstance(kind, datasets.ClassLabel) and row[column] not in (None, -1):
+                        row[column] = kind.names[row[column]]
+                yield number, row
+            return
+        require(source.endswith(kinds), f"{source}: is not .jsonl, .csv, .tsv or owner/name:split")
+        with open(source, encoding="utf-8-sig", newline="") as lines:
+            if source.endswith(".jsonl"):
+                rows = ((i, json.loads(line)) for i, line in enumerate(lines, 1) if line.strip())
+            else:  # CAD and DynaHate (.train, .dev, .test) are released without a header
+                header = None if source.endswith((".csv", ".tsv")) else ["labels", "text", "uid"]
+                delimiter = "," if source.endswith(".csv") else "\t"
+                table = csv.DictReader(lines, header, delimiter=delimiter, strict=True)
+                rows = ((table.line_num, row) for row in table)
+            for number, row in rows:
+                yield number, row
+    except Exception as error:  # no such file, no network, not JSON, a quote never closed, ..
+        require(False, f"{source}: cannot be read after line {number} ({error}); mend it")
 
 
 def read(source, like=None, limit=None):
-    """Read one set as Examples: in the form and with the label names of `like`, where that is given."""
-    texts, golds, dropped, columns = [], [], 0, None
+    """Read a file, or owner/name:split on the Hub, as Examples; of it the first `limit` rows.
+
+    Rows without a gold label (- or -1) are left out. `like`: Examples whose form (pairs or single
+    texts) and class names are to be kept.
+    """
+    texts, golds, columns = [], [], None
     for number, row in itertools.islice(records(source), limit):
         where = f"{source}, line {number}"
-        require(isinstance(row, dict) and None not in row, f"{where}: has no columns, or too many; mend it")
+        require(isinstance(row, dict) and None not in row, f"{where}: has no or too many columns")
         if columns is None:
-            columns = next((names for names in TEXT_COLUMNS if {*names} <= {*row}), ())
-            gold = next((name for name in GOLD_COLUMNS if name in row), None)
-            require(columns and gold, f"{source}: has no text or no label column; name them text and label")
-            require(not (like and like.texts) or len(columns) == len(like.texts[0]),
-                    f"{source}: mixes pairs and single texts")
+            forms = [names for names in TEXTS if {*names} <= {*row}]
+            if like and like.texts:
+                forms = [names for names in forms if len(names) == len(like.texts[0])]
+            gold = next((name for name in LABELS if name in row), None)
+            require(forms and gold, f"{source}: has no label or no text column (pairs, if the "
+                    "training set has pairs); rename its columns")
+            columns = forms[0]
         text, label = tuple(row.get(name) for name in columns), row.get(gold)
         label = str(label).strip() if isinstance(label, (str, int)) else ""
-        require(label and all(isinstance(part, str) for part in text),
-                f"{where}: {' and '.join(columns)} must be text, {gold} text or an integer, - for none")
+        require(label and {*map(type, text)} == {str}, f"{where}: {' and '.join(columns)} must be "
+                f"text, {gold} text or an integer (- for none)")
         if label in ("-", "-1"):
-            dropped += 1
             continue
-        if like:
-            label = label if label in like.names else SHORT_LABELS.get(label.lower(), label.lower())
-            require(label in like.names, f"{where}: {label} is none of {', '.join(like.names)}; rename it")
+        if like and label not in like.names:
+            label = SHORT.get(label.lower(), label.lower())
+            require(label in like.names, f"{where}: {label} is none of {some(like.names)}")
         texts.append(text)
         golds.append(label)
     require(golds, f"{source}: has no labelled row; give a file with at least one")
-    if not like and {*golds} <= {*SHORT_LABELS}:
-        golds = [SHORT_LABELS[label] for label in golds]
-    # Integers are numbered by their size, other labels by the alphabet.
-    names = like.names if like else sorted({*golds}, key=lambda name: (len(name) * name.isdecimal(), name))
-    return Examples(texts, torch.tensor([names.index(label) for label in golds]), names, dropped)
+    if not like and {*golds} <= {*SHORT}:
+        golds = [SHORT[label] for label in golds]
+    # Integers are in the order of their size, other names in that of the alphabet.
+    names = like.names if like else sorted({*golds}, key=lambda x: (len(x) * x.isdecimal(), x))
+    numbers = {name: number for number, name in enumerate(names)}
+    return Examples(texts, torch.tensor([numbers[label] for label in golds]), names)
 
 
 def load_task(cfg):
-    """(training Examples, [dev Examples, ..]), read and checked."""
+    """(training Examples, [dev Examples, ..])."""
     if cfg.task == "built-in":
         return built_in()[0]["train"], []
     sources = [f"{cfg.data}/{file}" if cfg.data else hub for hub, file in TASKS.get(cfg.task, [])]
@@ -229,35 +616,37 @@ def load_task(cfg):
 
 
 def fingerprint(examples):
-    """A hash that two training lists share only if they hold the same rows in the same order."""
-    digest = hashlib.sha256(repr(examples.names).encode())
-    for row in zip(examples.texts, examples.labels.tolist()):
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
+    """A hash that two sets share only if they hold the same rows in the same order."""
+    content = repr((examples.names, examples.texts, examples.labels.tolist()))
+    return hashlib.sha256(content.encode()).hexdigest()
 
+
+# ---------------------------------------------------------------- the built-in task
 
 WORDS = ["monday", "tuesday", "wednesday", *(f"thing{i}" for i in range(600))]
 
 
 def built_in():
-    """A task of which everything is known: which place was visited, told from eight things seen there?
+    """A task of which all is known: each text lists things seen at a place; predict the place.
 
-    Four of them belong to places, each in 8 of 10 cases to the one visited, else to another; four belong to
-    none. So no single word decides. Beside this rule stands a *shortcut*: the day, named first, agrees with
-    the place in 90% of the training and ID texts, is random in the OOD test and always wrong in the
-    adversarial one. 3% of the training labels are wrong. A text reads "monday thing12 thing597 ..", its
-    label coast. Returns the sets {name: Examples}, and which training rows hold what is planted.
+    A text reads "monday thing12 thing597 ..", its label coast. Of eight things, four belong to a
+    place, each in 8 of 10 cases to the right one: no single word decides. Beside this rule stands
+    a shortcut. The day, named first, agrees with the place in 90% of the training and ID texts, at
+    random in the OOD set and never in the adversarial one. 3% of the training labels are wrong.
+    Returns the sets {name: Examples} and, for what is planted, {name: mask (n,) of training rows}.
     """
     rng = np.random.default_rng(0)  # fixed: --seed varies the training, never the data
-    days, things = np.array(WORDS[:3]), np.array(WORDS[3:])  # 150 things of each place and 150 of none
+    days, things = np.array(WORDS[:3]), np.array(WORDS[3:])  # 150 things a place and 150 of none
 
     def draw(n, agreement, wrong=0.0):
         place = rng.integers(3, size=n)
-        *elsewhere, false_day, mistake = (place + rng.integers(1, 3, size=(6, n))) % 3  # (n,) each, not place
-        owner = np.where(rng.random((4, n)) < 0.8, place, elsewhere)                # (4, n)
-        owner = np.concatenate([owner, np.full((4, n), 3)]).T                       # (n, 8); 3 for none
+        others = (place + rng.integers(1, 3, size=(6, n))) % 3                  # never the place
+        *elsewhere, false_day, mistake = others
+        owner = np.where(rng.random((4, n)) < 0.8, place, elsewhere)            # (4, n)
+        owner = np.concatenate([owner, np.full((4, n), 3)]).T                   # (n, 8); 3: none
         seen = things[rng.permuted(150 * owner + rng.integers(150, size=(n, 8)), axis=1)]
-        day, mislabelled = np.where(rng.random(n) < agreement, place, false_day), rng.random(n) < wrong
+        day = np.where(rng.random(n) < agreement, place, false_day)
+        mislabelled = rng.random(n) < wrong
         texts = [(" ".join(words),) for words in np.column_stack([days[day], seen])]
         labels = torch.from_numpy(np.where(mislabelled, mistake, place))
         planted = {"shortcut-breaking": day != place, "mislabelled": mislabelled}
@@ -268,300 +657,148 @@ def built_in():
             "adversarial": draw(2000, 0.0)[0]}, planted
 
 
-# ---------------------------------------------------------------- models and batches
+def built_in_model(name, device, classes):
+    """A BERT with random weights, of the size in its name, and a tokenizer of whole words."""
+    layers, width = map(int, name.removeprefix("built-in-").split("x"))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=len(words), num_hidden_layers=layers, num_attention_heads=width // 32,
+        hidden_size=width, intermediate_size=4 * width, id2label=dict(enumerate(classes)),
+        label2id={label: i for i, label in enumerate(classes)}))
+    tokens = {word: i for i, word in enumerate(words)}
+    return model.to(device), transformers.BertTokenizer(tokens, model_max_length=64)
 
 
-def load(name, classes, device):
-    """The pretrained model `name` on `device`, with a head for these classes, and its tokenizer. The head is
-    new, unless the checkpoint has one for as many classes.
+# ---------------------------------------------------------------- fast, exactly
 
-    Weights are float32 whatever the checkpoint holds: DeBERTa-v3's are fp16, which GradScaler refuses.
+# Work that changes no result is left out: padding (see `batches`), and the following.
+
+
+def compute_less(model):
+    """Leave out what no head reads, in the model types for which this is tested."""
+    if model.config.model_type not in ("deberta-v2", "bert", "roberta", "electra"):
+        return
+    # The head reads the first token only, so the last layer need not compute the others.
+    last = model.base_model.encoder.layer[-1].attention
+    last.output.register_forward_pre_hook(lambda _, states: tuple(x[:, :1] for x in states))
+    for module in model.modules():
+        if hasattr(module, "pos_ebd_size") and (
+                module.position_buckets <= module.max_relative_positions):
+            module.register_forward_pre_hook(nearest_positions, with_kwargs=True)
+
+
+def nearest_positions(attention, args, kwargs):
+    """DeBERTa multiplies each token with the embeddings of all relative positions, -span to
+    span - 1. Among n tokens only the nearest n on each side occur."""
+    table = kwargs["rel_embeddings"]                                            # (2 * span, hidden)
+    span = len(table) // 2
+    attention.pos_ebd_size = width = min(args[0].shape[1], span)
+    return args, kwargs | {"rel_embeddings": table[span - width:span + width]}
+
+
+def compact_embeddings(model, sets):
+    """Train only the rows of the word table that are used in these Encoded sets.
+
+    The others get no gradient, and AdamW without weight decay leaves a row without gradients
+    alone. Returns a function that puts them back. A table with a second user is left whole.
     """
-    hub = MODELS.get(name, name)
-    labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    remedy = "give a short name, a Hub id or a folder with config.json, weights and tokenizer"
-    with refusing(f"cannot load the model {name} on {device}", remedy):
-        if name in (BUILT_IN["ref"], BUILT_IN["main"]):
-            layers, width = map(int, name.removeprefix("built-in-").split("x"))
-            words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-            tokenizer = transformers.BertTokenizer(words, model_max_length=64)  # whole words: word-level
-            model = transformers.BertForSequenceClassification(transformers.BertConfig(
-                vocab_size=len(words), num_hidden_layers=layers, num_attention_heads=width // 32,
-                hidden_size=width, intermediate_size=4 * width, **labels))
-        else:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                hub, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **labels)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(hub, trust_remote_code=False)
-        model.to(device)
-    require(tokenizer.pad_token, f"the model {name} has no padding token; take an encoder such as bert-tiny")
-    return model, tokenizer
-
-
-def backbone_size(model):
-    """Parameters that every token is multiplied with: all but the embedding tables."""
-    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    return sum(p.numel() for p in model.parameters()) - tables
-
-
-# Tokenized examples. inputs: input_ids and, if any, token_type_ids, each a flat int32 array (1 + tokens,) of
-# the padding, in place 0, and all examples; starts (n + 1,): where each begins and the last ends; lengths
-# (n,): in tokens; labels (n,). All are on the device but lengths, which the host needs at each step.
-Encoded = collections.namedtuple("Encoded", "inputs starts lengths labels")
-
-
-def encode(tokenizer, examples, cfg):
-    pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    flat = {name: [np.int32([pad])] for name, pad in pads.items() if name in tokenizer.model_input_names}
-    lengths, limit = [], min(cfg.max_length, tokenizer.model_max_length)
-    for start in range(0, len(examples.texts), 10_000):  # in chunks: tokens in Python lists take much memory
-        columns = map(list, zip(*examples.texts[start:start + 10_000]))
-        tokens = tokenizer(*columns, truncation=True, max_length=limit)
-        lengths += map(len, tokens["input_ids"])
-        for name in flat:
-            flat[name].append(np.concatenate(tokens[name], dtype=np.int32))
-    lengths = torch.tensor(lengths)
-    starts = F.pad(lengths.cumsum(0), (1, 0)) + 1
-    inputs = {name: torch.from_numpy(np.concatenate(parts)).to(cfg.device) for name, parts in flat.items()}
-    return Encoded(inputs, starts.to(cfg.device), lengths, examples.labels.to(cfg.device))
-
-
-def collate(data, rows):
-    """Model inputs for these rows, padded to the longest of them, each (rows, longest)."""
-    columns = torch.arange(data.lengths[rows].max(), device=data.starts.device)
-    rows = rows.to(data.starts.device, non_blocking=True)
-    place = data.starts[rows, None] + columns
-    mask = (place < data.starts[rows + 1, None]).long()  # times 0 gives place 0, the padding
-    return {"attention_mask": mask, **{name: flat[place * mask].long() for name, flat in data.inputs.items()}}
-
-
-def batches(rows, lengths, size, seed, epoch):
-    """This epoch's batches: each row once, among rows of like length, as random batches are half padding.
-
-    The rows are shuffled, cut into pools, sorted by length in each pool and cut into batches, and the batches
-    are shuffled. A little noise in the lengths varies which rows meet.
-    """
-    generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
-    shuffle = lambda items: items[torch.randperm(len(items), generator=generator)]
-    key = lengths * (1 + 0.05 * torch.rand(len(lengths), generator=generator))
-    cut = [part for pool in shuffle(rows).split(100 * size) for part in pool[key[pool].argsort()].split(size)]
-    return [cut[i] for i in shuffle(torch.arange(len(cut)))]
-
-
-# ---------------------------------------------------------------- training
-
-
-def autocast(cfg):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
-    return torch.autocast(torch.device(cfg.device).type, dtype, enabled=dtype is not None)
-
-
-def ranks():
-    """(number of this process, how many there are): (0, 1), unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def train(model, data, rows, steps, lr, cfg, dynamics=(), saved={}):
-    """Fine-tune `model` in place on these rows. A generator: after each step it yields (step, rows, loss,
-    parts), so that the caller can count, evaluate, save and stop. `parts` {name: ..} are what a checkpoint
-    must hold by their state_dict(); given such a checkpoint as `saved`, training goes on after its step.
-
-    `dynamics` (epochs, n, classes), where given, takes the logits that the loop has anyway: in training mode
-    (dropout on) and before the update, as in dataset cartography and the authors' code.
-    """
-    rank, world = ranks()
-    if world > 1:  # each rank trains on its share of every batch
-        model = torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-6, weight_decay=0.0, fused=True)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, max(1, round(0.1 * steps)), steps)
-    scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.amp == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    for name in parts.keys() & saved.keys():
-        parts[name].load_state_dict(saved.pop(name))
-    done = saved.get("step", 0)
-    order = ((epoch, batch) for epoch in itertools.count()
-             for batch in batches(rows, data.lengths, cfg.batch_size, cfg.seed, epoch))
-    for step, (epoch, batch) in enumerate(itertools.islice(order, done, steps), done + 1):
-        model.train()  # at every step, since the caller may evaluate in between
-        torch.manual_seed(cfg.seed + 1_000_003 * (step * world + rank))  # so dropout has no state to save
-        # Losses are summed, then divided by the whole step's rows: each weighs the same, however the batch is
-        # cut. (Times world, as ranks are averaged; a rank without rows takes one along at no weight.)
-        mine, weight = (batch[rank::world], world / len(batch)) if rank < len(batch) else (batch[:1], 0.0)
-        pieces, loss = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum)), 0.0
-        for part in pieces:
-            model.require_backward_grad_sync = part is pieces[-1]  # DDP: add up the ranks but once
-            inputs, there = collate(data, part), part.to(data.labels.device, non_blocking=True)
-            with autocast(cfg):
-                logits = model(**inputs).logits.float()                         # (rows, classes)
-            part_loss = F.cross_entropy(logits, data.labels[there], reduction="sum") * weight
-            scaler.scale(part_loss).backward()
-            if weight and epoch < len(dynamics):
-                dynamics[epoch, there] = logits.detach()
-            loss += part_loss.detach()
-        scaler.unscale_(optimizer)  # so that clipping sees the true gradients
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.get_scale() >= scale:  # a smaller scale means that fp16 overflowed and no step was taken
-            schedule.step()
-        optimizer.zero_grad()
-        yield step, batch, loss, parts
-
-
-@torch.no_grad()
-def predict(model, data, cfg):
-    """Logits (n, classes) in evaluation mode, float32, on the CPU."""
-    logits = torch.empty(len(data.lengths), model.config.num_labels)
-    model.eval()
-    for rows in data.lengths.argsort(descending=True, stable=True).split(2 * cfg.batch_size):  # less padding
-        with autocast(cfg):
-            logits[rows] = model(**collate(data, rows)).logits.float().cpu()
-    return logits
-
-
-def metrics(predicted, labels):
-    """Accuracy, macro-F1 (mean over the classes in either) and n, from two arrays (n,) of class numbers."""
-    predicted, labels = np.asarray(predicted), np.asarray(labels)
-    f1 = [2 * np.sum((predicted == c) & (labels == c)) / (np.sum(predicted == c) + np.sum(labels == c))
-          for c in np.union1d(predicted, labels)]
-    return {"accuracy": float(np.mean(predicted == labels)), "macro_f1": float(np.mean(f1)), "n": len(labels)}
-
-
-# ---------------------------------------------------------------- the method: data map and selection
-
-
-def data_map(dynamics, labels):
-    """Statistics of each example over the epochs, each (n,) (Swayamdipta et al. 2020, section 2).
-
-    confidence   mean of p(gold)
-    variability  standard deviation of p(gold), dividing by the number of epochs
-    correctness  share of epochs in which the gold label was predicted
-    forgetting   how often it was predicted in one epoch and no longer in the next (Toneva et al. 2019)
-    """
-    assert dynamics.isfinite().all(), "an example was not visited in every epoch"
-    gold = labels.expand(len(dynamics), -1)[..., None]                          # (epochs, n, 1)
-    p_gold = dynamics.softmax(-1).gather(-1, gold).squeeze(-1)                  # (epochs, n)
-    right = dynamics.argmax(-1) == labels                                       # (epochs, n)
-    return {"confidence": p_gold.mean(0), "variability": p_gold.std(0, correction=0),
-            "correctness": right.float().mean(0), "forgetting": (right[:-1] & ~right[1:]).sum(0)}
-
-
-def select(how, fraction, seed, labels, dynamics=None):
-    """The rows (k,) to keep, ascending, and the statistic of the last one let in. Keeps exactly
-    k = round(fraction * n) rows; of equals the lower row comes first."""
-    if how == "random":
-        score = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
-    else:
-        statistics = data_map(dynamics, labels)
-        score = {"ambiguous": statistics["variability"],  # p(gold) swings
-                 "hard": -statistics["confidence"],       # p(gold) stays low
-                 "easy": statistics["confidence"]}[how]   # p(gold) stays high
-    rows = score.argsort(descending=True, stable=True)[:round(fraction * len(labels))]
-    return rows.sort().values, abs(score[rows[-1]].item())  # abs: hard is scored by minus confidence
-
-
-# ---------------------------------------------------------------- making it fast, exactly
-
-# Work whose result is known or never used is left out; what is computed stays the same. The first such change
-# is in `batches`: with rows of like length together, little of a batch is padding.
-
-def compact_embeddings(model, ids):
-    """The second: train those rows of the word-embedding table that stand in `ids`, and no others.
-
-    The others get no gradient, and AdamW without weight decay leaves a row without gradients alone. Returns
-    the share kept and a function that restores the table. One whose weights are shared is left whole.
-    """
-    names = [name for name, weight in model.named_parameters(remove_duplicate=False)
-             if weight.ndim == 2 and len(weight) == getattr(model.config, "vocab_size", None)]
-    table = model.get_submodule(names[0].removesuffix(".weight")) if len(names) == 1 else None
-    if type(table) is not torch.nn.Embedding:
-        return 1.0, lambda: None
+    table = model.get_input_embeddings()
+    users = [p for _, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
+    if type(table) is not torch.nn.Embedding or len(users) > 1:
+        return lambda: None
     whole, padding = table.weight.detach().cpu(), table.padding_idx
-    used = torch.zeros(len(whole), dtype=torch.bool, device=ids.device)
-    used[ids.long()] = used[padding or 0] = True
-    place = torch.where(used, used.cumsum(0) - 1, len(whole))  # not in use: an error, not a wrong row
-    table.weight = torch.nn.Parameter(table.weight.detach()[used])
-    table.padding_idx = padding if padding is None else place[padding].item()
-    # In the table, not in the batch: RoBERTa tells positions by which ids are padding.
-    hook = table.register_forward_pre_hook(lambda _, inputs: place[inputs[0]])
+    used = np.concatenate([ids for data in sets for ids in data.inputs["input_ids"]])
+    used = torch.from_numpy(np.union1d(used, sets[0].tokenizer.pad_token_id)).long()
+    place = torch.full((len(whole),), len(whole))  # not used: an error, not a wrong row
+    place[used] = torch.arange(len(used))
+    place = place.to(model.device)
+    table.weight, table.padding_idx = torch.nn.Parameter(table.weight.detach()[used]), None
+    # Translated in the table, not in the batch: RoBERTa tells positions by which ids are padding.
+    hook = table.register_forward_pre_hook(lambda _, ids: place[ids[0]])
 
     def restore():
         hook.remove()
-        whole[used.cpu()] = table.weight.detach().cpu()
-        table.weight, table.padding_idx = torch.nn.Parameter(whole), padding
-    return used.float().mean().item(), restore
+        whole[used] = table.weight.detach().cpu()
+        table.weight, table.padding_idx = torch.nn.Parameter(whole.to(model.device)), padding
+    return restore
 
 
-def position_scores(self, query, key, buckets, embeddings, scale_factor):
-    """What transformers' DisentangledSelfAttention.disentangled_attention_bias computes for DeBERTa: how much
-    tokens attend to each other for their distance alone, (batch * heads, n, n), given `query` and `key`
-    (batch * heads, n, size), `buckets` of distances (1, n, n) and the buckets' `embeddings` (512, hidden).
-
-    There, each token is multiplied with all 512 buckets, and the result gathered from that; here, with the
-    distances n, .., -n only: of 3 2 1 0 -1 -2 -3, row 0 wants 0 -1 -2, row 1 wants 1 0 -1, row 2 wants 2 1 0.
-    So each row begins one place further left, which a stride of 2n instead of 2n + 1 gives without a copy.
-    """
-    n, heads, span = query.shape[1], self.num_attention_heads, self.pos_ebd_size
-    bucket = torch.cat([buckets[0, :, 0].flip(0), buckets[0, 0, 1:]]) + span  # of distances n - 1, .., 1 - n
-    bucket = F.pad(bucket.clamp(0, 2 * span - 1), (1, 1))                     # n and -n are not used
-    scale = math.sqrt(query.shape[2] * scale_factor)
-
-    def scores(content, position):
-        content, position = content.unflatten(0, (-1, heads)), position.unflatten(1, (heads, -1)) / scale
-        product = torch.einsum("bhis,dhs->hbid", content, position).contiguous()  # d: the distances
-        return product.as_strided((*product.shape[:3], n), (*product.stride()[:2], 2 * n, 1), n)
-
-    of_query = scores(query, self.key_proj(embeddings[bucket]))
-    of_key = scores(key, self.query_proj(embeddings[bucket.flip(0)]))  # distances from the key
-    return (of_query + of_key.transpose(2, 3)).transpose(0, 1).flatten(0, 1)
+# ---------------------------------------------------------------- files, errors, processes
 
 
-def dropout(self, x):
-    """torch.nn.Dropout with p in 16 bits: four values share a draw; one each is a tenth of a CPU's step."""
-    if not self.training:
-        return x
-    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-    return x * ((bits[:x.numel()].view(x.shape) >= 2**16 * self.p - 2**15) / (1 - self.p))
+def require(condition, message):
+    """If a user's input falls short, say in one line on stderr what to mend; exit with code 2."""
+    if not condition:
+        print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)  # on one line
+        raise SystemExit(2)
 
 
-def leave_out(model, data):
-    """The third and fourth: compute position_scores in DeBERTa, and in an encoder's last layer only the first
-    token, all that a head reads; on a CPU, dropout too. False where logits change: an unlike architecture."""
-    rows = data.lengths.argsort()[[0, -1]]  # the shortest beside the longest, hence much padding
-    with torch.no_grad():
-        expected = model.eval()(**collate(data, rows)).logits
-        try:
-            last = model.base_model.encoder.layer[-1].attention
-            last.output.register_forward_pre_hook(lambda _, args: tuple(x[:, :1] for x in args))
-            for module in model.modules():
-                if type(module) is torch.nn.Dropout and model.device.type == "cpu":
-                    module.forward = dropout.__get__(module)
-                if getattr(module, "share_att_key", False) and len(module.pos_att_type) == 2:
-                    module.disentangled_attention_bias = position_scores.__get__(module)
-            return torch.allclose(model(**collate(data, rows)).logits, expected, atol=1e-5)
-        except Exception:  # no such layers, other arguments or shapes
-            return False
+@contextlib.contextmanager
+def refusing(what, remedy, errors=Exception):
+    """Turn an error inside, which is the user's to mend, into the line that `require` prints."""
+    try:
+        yield
+    except errors as error:
+        require(False, f"{what} ({error}); {remedy}")
 
 
-# ---------------------------------------------------------------- files, signals and other processes
+def some(names):
+    """The first five of the names, in a line."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
-# Not the method: what a run of days needs. Stopped at any moment, it can go on to the very same result.
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+def check(parser, argv):
+    """Parse the command line, refuse what cannot work, fill in what depends on other settings."""
+    parser.error = functools.partial(require, False)
+    cfg, words = parser.parse_args(argv), sys.argv[1:] if argv is None else argv
+    if cfg.resume:
+        require(sum(word.startswith("--") for word in words) == 1, "--resume: give no other option")
+        with refusing(f"--resume {cfg.resume}: cannot be read", "name the folder of a run"):
+            config = json.loads(Path(cfg.resume, "run.json").read_text())["config"]
+        return argparse.Namespace(**config | {"out": cfg.resume, "resume": cfg.resume})
+    own = cfg.data or cfg.train or cfg.dev or cfg.test or cfg.limit
+    if cfg.task == "built-in" or not (cfg.task or cfg.ref or cfg.main or cfg.dynamics or own):
+        require(not own, "--task built-in has its own data; leave out other data and --limit")
+        parser.set_defaults(**BUILT_IN)
+        cfg = parser.parse_args(argv)
+    require(not (cfg.train and (cfg.task or cfg.data)), "--train: leave out --task and --data")
+    cfg.task = cfg.task or (None if cfg.train else "nli")
+    require(cfg.task == "built-in" or "built-in" not in f"{cfg.ref} {cfg.main}",
+            "the built-in models know the words of the built-in task only; name others")
+    if "dm" in cfg.methods:  # after erm, whose dynamics it needs
+        cfg.methods.insert(0, "erm")
+    cfg.methods = [*dict.fromkeys(cfg.methods)]
+    sources = {METHODS[name].source for name in cfg.methods}
+    require(not (cfg.ref and cfg.dynamics), "--dynamics replaces --ref; give one of the two")
+    require(not cfg.dynamics or "ref" in sources, "--dynamics: none of the --methods needs it")
+    require(cfg.main and (cfg.ref or cfg.dynamics or "ref" not in sources),
+            "--ref or --main is missing; name two models, such as deberta-small and deberta-large")
+    least = {"seed": 0, "skip_epochs": 0, "max_length": 8, "fraction": 0, "lr": 0, "ref_lr": 0}
+    for name, value in vars(cfg).items():
+        require(not isinstance(value, (int, float)) or value >= least.get(name, 1),
+                f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}")
+    require(cfg.fraction <= 1, f"--fraction {cfg.fraction}: must be at most 1")
+    require({*sources} <= {None, cfg.dynamics and "ref"} or cfg.epochs > cfg.skip_epochs + 1,
+            f"--epochs {cfg.epochs}: a data map needs two besides those of --skip-epochs")
+    cfg.device = cfg.device or str(torch.accelerator.current_accelerator(True) or "cpu")
+    with refusing(f"--device {cfg.device}: cannot be used", "give cuda or cpu"):
+        torch.empty(1, device=cfg.device)
+    bf16 = "cuda" in cfg.device and torch.cuda.is_bf16_supported(including_emulation=False)
+    cfg.amp = cfg.amp or ("bf16" if bf16 else "fp16" if "cuda" in cfg.device else "off")
+    cfg.metric = cfg.metric or ("macro-f1" if cfg.task == "hsd" else "accuracy")
+    return cfg
 
 
 def write(path, put):
-    """Have `put` write a file or folder beside `path`, then flush and rename it: whoever looks at `path`, at
-    whatever moment the run is killed, finds it whole. Of several processes only the first writes."""
-    partial = path.with_name(path.name + ".partial")
+    """Let `put` write a file or folder under another name, then rename it to `path`: a run killed
+    at any moment leaves it whole or not at all. The first process writes, the others wait."""
     if ranks()[0] == 0:
+        partial = path.with_name(path.name + ".partial")
         with refusing(f"{path}: cannot be written", "make room, then continue with --resume"):
-            path.parent.mkdir(exist_ok=True)
             put(partial)
-            for file in partial.iterdir() if partial.is_dir() else [partial]:
-                with open(file, "rb+") as written:
-                    os.fsync(written)
             partial.replace(path)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def write_json(path, value):
@@ -569,210 +806,66 @@ def write_json(path, value):
 
 
 def say(cfg, line):
+    """Print a line, and add it to log.txt."""
     if ranks()[0] == 0:
-        print(line, flush=True)
-        with refusing(f"{cfg.out}: cannot be written", "make room"), open(f"{cfg.out}/log.txt", "a") as log:
+        with tqdm.tqdm.external_write_mode():
+            print(line, flush=True)
+        with open(Path(cfg.out, "log.txt"), "a") as log:
             print(line, file=log)
 
 
-def leave(cfg, number, _=None):
-    """What SIGINT (Ctrl-C) and SIGTERM (a scheduler) do."""
-    launcher = "python" if ranks()[1] == 1 else f"torchrun --nproc-per-node {ranks()[1]}"
-    say(cfg, f"stopped; to continue: {launcher} ftft.py --resume {cfg.out}")
-    raise SystemExit(128 + number)
+def save_checkpoint(cfg, name, parts, dynamics, done, best):
+    """Save all that `train` needs to go on from here to the same result."""
+    state = {key: part.state_dict() for key, part in parts.items()}
+    state |= {"phase": name, "dynamics": dynamics, "done": done, "best": best}
+    write(Path(cfg.out, "checkpoint.pt"), functools.partial(torch.save, state))
 
 
-def max_over_ranks(tensor):
-    """Each number's largest over all processes, NaN counting as none: in place, in every process."""
+def load_checkpoint(cfg, name, parts, dynamics):
+    """Fill parts and dynamics in place; return (done, best). None if this phase left nothing."""
+    path = Path(cfg.out, "checkpoint.pt")
+    saved = {"phase": None}
+    if cfg.resume and path.exists():
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if saved["phase"] != name:
+        return None
+    for key, part in parts.items():
+        part.load_state_dict(saved[key])
+    if dynamics is not None:
+        dynamics.copy_(saved["dynamics"])
+    return saved["done"], saved["best"]
+
+
+def ranks():
+    """(number of this process, how many there are): (0, 1), unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def over_ranks(tensor, operation=dist.ReduceOp.MAX):
+    """Each number's largest (or the sum) over all processes: in place, in every process."""
     if dist.is_initialized():
-        dist.all_reduce(tensor.nan_to_num_(-math.inf, neginf=-math.inf), dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, operation)
     return tensor
 
 
-def newest_checkpoint(cfg, name):
-    """The newest of this phase that is whole; None without one. Nothing in it is executed."""
-    for path in sorted(Path(cfg.out, "checkpoint").glob(f"{name}-*.pt"), reverse=True):
-        with contextlib.suppress(Exception):
-            if not zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
-                return torch.load(path, map_location="cpu", weights_only=True)
-        say(cfg, f"{path}: is broken; going back to the one before")
-
-
-# ---------------------------------------------------------------- the run
-
-
-def learn(name, model, data, dev, rows, steps, lr, cfg, state):
-    """Train, evaluate 12 times, keep the best weights in `state` and stop when they stay the best. `state` is
-    saved then, too, and after each epoch; one that was loaded goes on where it was saved."""
-    count, dynamics = state["count"], state["dynamics"].to(cfg.device)
-    points = {math.ceil(steps * i / 12) for i in range(1, 13)}
-    saves = points | {*range(0, steps, math.ceil(len(rows) / cfg.batch_size))}
-    metric = "macro_f1" if cfg.task == "hsd" else "accuracy"
-    began, stopped, folder = time.perf_counter(), [0], Path(cfg.out, "checkpoint")
-    # Signals are noted only, since a step is taken whole or not at all.
-    usual = [signal.signal(number, lambda number, _: stopped.append(number)) for number in SIGNALS]
-    for step, batch, loss, parts in train(model, data, rows, steps, lr, cfg, dynamics, state):
-        count.update(steps=1, examples=len(batch), tokens=int(data.lengths[batch].sum()),
-                     padded_tokens=len(batch) * int(data.lengths[batch].max()))
-        stop = max_over_ranks(torch.tensor(stopped[-1])).item()
-        if step % 50 and step not in saves and not stop:
-            continue  # only now and then does the host wait for the device, to look at its numbers
-        require(loss.isfinite(), f"{name}: the loss is not finite at step {step}; lower its learning rate")
-        require(parts["scaler"].get_scale() > 1e-3, f"{name}: fp16 overflows at every step; try --amp off")
-        count["seconds"] += time.perf_counter() - began  # evaluation is not counted
-        if dev and step in points:
-            score = [metrics(predict(model, part, cfg).argmax(1), part.labels.cpu())[metric] for part in dev]
-            score = torch.tensor(np.mean(score) if ranks()[0] == 0 else -math.inf, dtype=torch.float64)
-            state["dev"].append([step, max_over_ranks(score).item()])  # the first's: all stop alike
-            scores = [score for _, score in state["dev"]]
-            since_best = len(scores) - 1 - scores.index(max(scores))
-            if since_best == 0:
-                state["best"] = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-            if since_best == cfg.patience and not len(dynamics):  # never the reference or ERM, which log them
-                break
-        if step in saves or stop:
-            say(cfg, f"{name}: step {step} of {steps}, loss {loss:.3f}")
-            max_over_ranks(dynamics)  # each rank has visited other rows
-            state |= {"step": step, "dynamics": dynamics}
-            checkpoint = state | {key: part.state_dict() for key, part in parts.items()}
-            write(folder / f"{name}-{step:09}.pt", functools.partial(torch.save, checkpoint))
-            for old in {*folder.glob("*.pt")} - {*sorted(folder.glob(f"{name}-*.pt"))[-2:]}:
-                old.unlink(missing_ok=True)  # all but two, should the newest be broken
-        if stop:
-            leave(cfg, stop)
-        began = time.perf_counter()
-    if stop := max_over_ranks(torch.tensor(stopped[-1])).item():  # during the last evaluation
-        leave(cfg, stop)
-    for number, action in zip(SIGNALS, usual):
-        signal.signal(number, action)
-    state["dynamics"] = dynamics.cpu()
-
-
-def fine_tune(name, rows, training, dev, cfg, run):
-    """One phase: load a model, train it on these rows, keep the weights that did best on the dev sets, save
-    them under `name`, enter it in run.json. The reference and ERM train on everything for whole epochs and
-    return their training dynamics (epochs, n, classes); the others train for at most cfg.steps."""
-    everything, n, folder = name in ("ref", "erm"), len(training.labels), Path(cfg.out, name)
-    if cfg.resume and folder.exists():
-        return load_dynamics(folder, run["fingerprints"][0])[0] if everything else None
-    model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
-    steps = cfg.epochs * math.ceil(n / cfg.batch_size) if everything else cfg.steps
-    torch.manual_seed(cfg.seed)  # in every phase, so that none depends on what was trained before it
-    model, tokenizer = load(model_name, training.names, cfg.device)
-    data, *dev = [encode(tokenizer, examples, cfg) for examples in (training, *dev)]
-    if not leave_out(model, data):
-        say(cfg, f"{name}: computed in transformers' own way, which is slower")
-        model, _ = load(model_name, training.names, cfg.device)
-    used_rows, restore = compact_embeddings(model, torch.cat([d.inputs["input_ids"] for d in (data, *dev)]))
-    state = newest_checkpoint(cfg, name) or {
-        "count": collections.Counter(), "dev": [], "best": None,  # NaN: not visited yet
-        "dynamics": torch.full((cfg.epochs if everything else 0, n, model.num_labels), math.nan)}
-    with refusing(f"{name}: out of memory", "start anew with --grad-accum 2 or more", torch.OutOfMemoryError):
-        learn(name, model, data, dev, rows, steps, lr, cfg, state)
-    count, best = state["count"], state["best"] or model.state_dict()
-    require(all(w.isfinite().all() for w in best.values()), f"{name}: diverged; lower its learning rate")
-    model.load_state_dict(best)
-    restore()
-    per_token = 6 * backbone_size(model)  # a multiplication and an addition, forward once and backward twice
-    run["phases"][name] = {
-        "model": model_name, "lr": lr, "budget": steps, **count, "used_rows": used_rows, "dev": state["dev"],
-        "examples_per_second": count["examples"] / count["seconds"], "flops": per_token * count["tokens"],
-        "erm_flops": per_token * data.lengths.sum().item() * cfg.epochs}  # what ERM costs with this model
-    write_json(Path(cfg.out, "run.json"), run)
-
-    def save(partial):
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if everything:
-            np.savez(partial / "dynamics.npz", logits=state["dynamics"], labels=training.labels,
-                     fingerprint=run["fingerprints"][0], flops=run["phases"][name]["flops"])
-    write(folder, save)
-    say(cfg, f"{name}: {count['steps']} steps, {count['examples']:,} examples, {count['seconds']:.0f} s")
-    return state["dynamics"]
-
-
-def load_dynamics(folder, expected):
-    """(dynamics, labels, flops) of a reference saved in `folder`; refused if they are of other rows."""
-    with (refusing(f"{folder}: cannot be read", "name the ref of a run"),
-          np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
-        logits, labels = (torch.from_numpy(saved[name]) for name in ("logits", "labels"))
-        flops, same = int(saved["flops"]), str(saved["fingerprint"]) == expected
-    require(same, f"{folder}: belongs to another training set; give the rows it was logged on")
-    return logits, labels, flops
-
-
-def main(cfg):
-    """Train all that the settings ask for. Returns them with the run's folder, budget and learning rate."""
-    training, dev = load_task(cfg)
-    n, dynamics, flops = len(training.labels), {}, {}
-    fingerprints = [fingerprint(examples) for examples in (training, *dev)]
-    require(round(cfg.fraction * n) >= cfg.batch_size, f"--fraction {cfg.fraction}: keeps fewer than a batch")
-    if cfg.dynamics:
-        dynamics["ref"], _, flops["ref"] = load_dynamics(cfg.dynamics, fingerprints[0])
-    sizes = [backbone_size(load(name, training.names, cfg.device)[0]) for name in (cfg.ref, cfg.main) if name]
-    lr = cfg.lr or (1e-5 if sizes[-1] > 200e6 else 2e-5)  # and better to miss a model now than after days
-    free = next(path for i in itertools.count(1) if not (path := Path(f"runs/{cfg.task}-{i}")).exists())
-    erm_steps = cfg.epochs * math.ceil(n / cfg.batch_size)
-    steps = cfg.steps or (erm_steps if dev else max(1, round(erm_steps / 3)))
-    cfg = dataclasses.replace(cfg, out=cfg.out or str(free), lr=lr, steps=steps)
-    run = {"config": dataclasses.asdict(cfg), "processes": ranks()[1], "fingerprints": fingerprints,
-           "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
-           "device": torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else cfg.device,
-           "phases": {}, "cost": {}}
-    if cfg.resume:
-        run = json.loads(Path(cfg.out, "run.json").read_text())
-        require(run.get("fingerprints") == fingerprints, f"--resume {cfg.out}: the data changed; restore it")
-        require(run["processes"] == ranks()[1],
-                f"--resume {cfg.out}: the number of processes was {run['processes']}; start as many")
-    elif ranks()[0] == 0:
-        with refusing(f"--out {cfg.out}: cannot be made", "name another folder, or --resume this one"):
-            Path(cfg.out).mkdir(parents=True)
-    write_json(Path(cfg.out, "run.json"), run)
-    say(cfg, f"{cfg.out}: {n:,} training rows, {training.dropped:,} more dropped as unlabelled")
-    for number in SIGNALS:
-        signal.signal(number, functools.partial(leave, cfg))
-
-    method = "ftft" if cfg.select == "ambiguous" else cfg.select
-    methods = list(dict.fromkeys([method, *["erm"] * ("dm" in cfg.baselines), *cfg.baselines]))
-    # Whose dynamics choose a method's rows; in dataset cartography (dm) those of ERM, the main model itself.
-    source = {"ftft": "ref", "hard": "ref", "easy": "ref", "dm": "erm"}
-    if "ref" in map(source.get, methods) and not cfg.dynamics:
-        methods = ["ref", *methods]
-    for name in methods:
-        if name in ("ref", "erm"):
-            # 1. Fine-tune on everything, logging the training dynamics: the reference and, to compare, ERM.
-            rows = torch.arange(n)
-        else:
-            # 2. and 3. Draw the data map and keep the rows that it favours.
-            how = {"ftft": "ambiguous", "dm": "ambiguous"}.get(name, name)
-            logged = dynamics.get(source.get(name))
-            rows, threshold = select(how, cfg.fraction, cfg.seed, training.labels, logged)
-            if name == method:
-                write_json(Path(cfg.out, "selected.json"), {
-                    "rows": rows.tolist(), "select": how, "fraction": cfg.fraction, "threshold": threshold})
-        # 4. Fine-tune the main model on those rows only.
-        dynamics[name] = fine_tune(name, rows, training, dev, cfg, run)
-        flops[name] = run["phases"][name]["flops"]
-        if name != "ref":
-            spent = flops.get(source.get(name), 0) + flops[name]
-            run["cost"][name] = spent / run["phases"][name]["erm_flops"]
-            write_json(Path(cfg.out, "run.json"), run)
-    if ranks()[0] == 0:
-        shutil.rmtree(Path(cfg.out, "checkpoint"), ignore_errors=True)
-    return cfg
-
-
 if __name__ == "__main__":
-    import eval  # not Python's eval but eval.py: measuring is a program of its own
+    import eval  # not Python's eval but eval.py, which measures what this file trained
     wanted = settings()
     if dist.is_torchelastic_launched():  # torchrun started several processes
-        if wanted.device != "cpu":
+        if "cuda" in wanted.device:
             with refusing("torchrun --nproc-per-node", "start one process a GPU"):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo" if wanted.device == "cpu" else "cpu:gloo,cuda:nccl")
-    eval.read_tests(wanted)  # first, so that a bad test file is not found out after days of training
-    out, rank = main(wanted).out, ranks()[0]
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank == 0:
-        eval.main([out])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in wanted.device else "cpu:gloo")
+    try:
+        eval.read_tests(wanted)  # first: a bad test file is not to be found out after days
+        main(wanted)
+        rank, _ = ranks()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if rank == 0:
+            eval.main([wanted.out])
+    except KeyboardInterrupt:
+        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}"
+        launcher = launcher if dist.is_torchelastic_launched() else "python"
+        print(f"stopped; to continue: {launcher} ftft.py --resume {wanted.out}", file=sys.stderr)
+        raise SystemExit(130)
