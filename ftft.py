@@ -15,14 +15,13 @@ FTFT (Du, Gatt and Nguyen, arXiv 2310.06588), in four steps:
   python ftft.py                                            # built-in task, offline, on a CPU
   python ftft.py --ref deberta-small --main deberta-large   # MultiNLI, then ANLI, HANS and WANLI
 
-The method ends with `main`; what follows is machinery. An example has one name for life, whichever
+The method ends with `main`; the rest is machinery. An example has one name for life, whichever
 model and tokenizer is at work: its row number in the training list.
 """
 import argparse
 import collections
 import contextlib
 import csv
-import functools
 import hashlib
 import itertools
 import json
@@ -42,7 +41,7 @@ import torch.nn.functional as F
 import tqdm
 import transformers
 
-# ---------------------------------------------------------------- settings
+# ------------------------------ settings
 
 # A phase trains on all rows, on random ones, or on those that the data map of `source` favours.
 # `stops`: it may stop early. The reference and plain fine-tuning (ERM) never do: they train on
@@ -109,7 +108,7 @@ def settings(argv=None):
     return check(parser, argv)
 
 
-# ---------------------------------------------------------------- data map and selection
+# ------------------------------ data map and selection
 
 
 def data_map(dynamics, labels):
@@ -121,9 +120,9 @@ def data_map(dynamics, labels):
     correctness  share of the epochs in which the gold class had the highest logit
     """
     assert dynamics.isfinite().all(), "an example was not visited in every epoch"
-    gold = labels.expand(len(dynamics), -1)                                     # (epochs, n)
-    p_gold = dynamics.softmax(-1).gather(-1, gold[..., None]).squeeze(-1)       # (epochs, n)
-    correct = dynamics.argmax(-1) == labels                                     # (epochs, n)
+    gold = labels.expand(len(dynamics), -1)  # (epochs, n)
+    p_gold = dynamics.softmax(-1).gather(-1, gold[..., None]).squeeze(-1)  # (epochs, n)
+    correct = dynamics.argmax(-1) == labels  # (epochs, n)
     return p_gold.mean(0), p_gold.std(0, correction=0), correct.float().mean(0)
 
 
@@ -136,7 +135,7 @@ def select(score, fraction):
     return rows.sort().values
 
 
-# ---------------------------------------------------------------- the training loop
+# ------------------------------ the training loop
 
 
 def seed_for(*what):
@@ -145,7 +144,7 @@ def seed_for(*what):
 
 
 def since_best(curve, warmup):
-    """How many evaluations ago the dev score was highest: 0 if the last one is the best.
+    """How many evaluations ago the dev score was highest; 0 if it is now.
 
     curve: [[step, score], ..]. Evaluations within the warm-up do not count; -1 if all are.
     """
@@ -163,9 +162,8 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     """
     (rank, world), device = ranks(), model.device
     seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es is to be ERM, cut short
-    warmup = max(1, round(0.1 * steps))
+    warmup, epoch_steps = max(1, round(0.1 * steps)), math.ceil(len(rows) / cfg.batch_size)
     points = {math.ceil(steps * i / 12) for i in range(1, 13)}
-    epoch_steps = math.ceil(len(rows) / cfg.batch_size)
     net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(
         model, find_unused_parameters=True, forward_sync_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-6, weight_decay=0.0, fused=True)
@@ -173,11 +171,10 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "dev": []}
     done, best = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
-    not_finite = torch.zeros((), device=device)
-
+    not_finite, order, began = torch.zeros((), device=device), None, time.perf_counter()
     bar = tqdm.tqdm(desc=name, total=steps, initial=done["steps"], unit="example", leave=False,
                     unit_scale=cfg.batch_size, disable=True if rank else None)  # None: no terminal
-    order, began = None, time.perf_counter()
+
     for step in range(done["steps"], steps):
         if METHODS[name].stops and since_best(done["dev"], warmup) >= cfg.patience:
             break
@@ -191,14 +188,14 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         # so that each example weighs the same. (DDP averages over processes: hence `world`.)
         model.train()
         torch.manual_seed(seed_for(*seeds, step, rank))  # so dropout has no state to save
-        mine, weight = batch[rank::world], world / len(batch)
+        mine, weight, loss = batch[rank::world], world / len(batch), 0.0
         if len(mine) == 0:  # a process without rows takes one along, at no weight
             mine, weight = batch[:1], 0.0
-        pieces, loss = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum)), 0.0
+        pieces = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum))
         for piece in pieces:
             net.require_backward_grad_sync = piece is pieces[-1]  # DDP adds up gradients once
             with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
-                logits = net(**collate(data, piece, device)).logits.float()     # (piece, classes)
+                logits = net(**collate(data, piece, device)).logits.float()  # (piece, classes)
             labels = data.labels[piece].to(device)
             piece_loss = weight * F.cross_entropy(logits, labels, reduction="sum")
             scaler.scale(piece_loss).backward()
@@ -230,15 +227,14 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
             continue
 
         # Evaluate, keep the best, stop early (above).
-        broken = over_ranks(not_finite).item() or scaler.get_scale() < 1e-3
-        require(not broken, f"{name}: the logits or gradients overflowed or diverged before "
-                f"step {done['steps']}; start anew with a lower learning rate, or with --amp off")
+        require(not over_ranks(not_finite).item() and scaler.get_scale() > 1e-3,
+                f"{name}: logits or gradients overflowed or diverged before step {done['steps']}; "
+                "start anew with a lower learning rate, or with --amp off")
         done["seconds"] += time.perf_counter() - began
         report = f"{name}: step {done['steps']:,} of {steps:,}, loss {loss:.3f}"
         if dev:
-            scores = [metrics(predict(model, part, cfg).argmax(1), part.labels)[cfg.metric]
-                      for part in dev]
-            done["dev"].append([done["steps"], sum(scores) / len(scores)])
+            scores = [metrics(predict(model, part, cfg).argmax(1), part.labels) for part in dev]
+            done["dev"].append([done["steps"], np.mean([s[cfg.metric] for s in scores]).item()])
             report += f", dev {100 * done['dev'][-1][1]:.1f}"
             if since_best(done["dev"], warmup) == 0:
                 best = {key: value.cpu().clone() for key, value in model.state_dict().items()}
@@ -254,14 +250,13 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     return done
 
 
-# ---------------------------------------------------------------- the run
+# ------------------------------ the run
 
 
 def main(cfg):
     """Run FTFT, and the methods to compare it with: they go through the same four steps."""
     training, dev = load_task(cfg)
-    run = open_run(cfg, training, dev)
-    everything = torch.arange(len(training.labels))
+    run, everything = open_run(cfg, training, dev), torch.arange(len(training.labels))
 
     # Step 1. Fine-tune the small reference model on everything, and log its training dynamics.
     if not cfg.dynamics and "ref" in {METHODS[name].source for name in cfg.methods}:
@@ -269,13 +264,12 @@ def main(cfg):
 
     for name in cfg.methods:
         how, source, _ = METHODS[name]
-        source_flops = 0
+        source_flops, hardest = 0, None
         if how == "all":
             rows = everything
         elif how == "random":
             generator = torch.Generator().manual_seed(seed_for(cfg.seed, "random rows"))
             rows = select(torch.rand(len(everything), generator=generator), cfg.fraction)
-            record_selection(name, rows, None, training, cfg)
         else:
             # Step 2. Draw the data map of the reference (for dm: of the main model, after erm).
             folder = cfg.dynamics if cfg.dynamics and source == "ref" else Path(cfg.out, source)
@@ -283,8 +277,9 @@ def main(cfg):
             confidence, variability, _ = data_map(dynamics[cfg.skip_epochs:], labels)
             # Step 3. Keep the rows that the method favours: ftft those whose p(gold) swings most.
             score = {"ambiguous": variability, "hard": -confidence, "easy": confidence}[how]
-            rows = select(score, cfg.fraction)
-            record_selection(name, rows, select(-confidence, cfg.fraction), training, cfg)
+            rows, hardest = select(score, cfg.fraction), select(-confidence, cfg.fraction)
+        if how != "all":
+            record_selection(name, rows, hardest, training, cfg)
         # Step 4. Fine-tune the large main model on those rows only.
         fine_tune(name, rows, training, dev, cfg, run)
         phase = run["phases"][name]
@@ -294,12 +289,10 @@ def main(cfg):
         Path(cfg.out, "checkpoint.pt").unlink(missing_ok=True)
 
 
-# ================================================================ machinery from here on
+# ------------------------------ machinery: models and batches
 
-# ---------------------------------------------------------------- models and batches
-
-# Tokenized examples: inputs {input_ids: n int32 arrays, and token_type_ids, if the model takes
-# them}, lengths (n,) in tokens, labels (n,); and their tokenizer, which pads them.
+# Tokenized examples: inputs, n dictionaries of int32 arrays (tokens,), named as the model calls
+# them; lengths (n,): in tokens; labels (n,); and the tokenizer, which pads them.
 Encoded = collections.namedtuple("Encoded", "inputs lengths labels tokenizer")
 
 
@@ -307,36 +300,34 @@ def load(name, device, classes=None):
     """A pretrained model with a head for these classes, or as it is (None), and its tokenizer.
 
     Weights are float32 even if stored in fp16, as DeBERTa-v3's are. A model is refused if weights
-    of its encoder would be random; poolers may be, as they belong to a head. A trained head stays
+    of its encoder would be random; a pooler may be, as it belongs to the head. A trained head stays
     only if it has these classes in this order.
     """
-    if name in (BUILT_IN["ref"], BUILT_IN["main"]):
-        return built_in_model(name, device, classes)
+    names = {"id2label": dict(enumerate(classes or []))}
+    names["label2id"] = {label: i for i, label in names["id2label"].items()}
+    if name.startswith("built-in-"):
+        return built_in_model(name, names, device)
     logging.disable(logging.WARNING)  # the libraries' (of new heads, retries): nothing to mend
     transformers.utils.logging.disable_progress_bar()
-    hub, safe = MODELS.get(name, name), {"trust_remote_code": False}
-    with refusing(f"cannot load the model {name} on {device}", "give a short name, a Hub id, or a "
-                  "folder with config.json, weights and tokenizer"):
+    with refusing(f"{name}: cannot be loaded on {device}", "give a short name, Hub id or folder"):
+        hub, safe = MODELS.get(name, name), {"trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(hub, **safe)
         config = transformers.AutoConfig.from_pretrained(hub, **safe)
-        stored, config.problem_type = [name.lower() for name in config.id2label.values()], None
-        if classes:
-            config.id2label = dict(enumerate(classes))
-            config.label2id = {label: i for i, label in enumerate(classes)}
-        if config.pad_token_id is None:
-            config.pad_token_id = tokenizer.pad_token_id
+        same = [*map(str.lower, config.id2label.values())] == [*map(str.lower, classes or [])]
+        config.update({"problem_type": None, **(names if classes else {})})
+        config.pad_token_id = config.pad_token_id or tokenizer.pad_token_id
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             hub, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
             output_loading_info=True, **safe)
         model.to(device)
-    new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    base, missing = model.base_model_prefix + ".", info["missing_keys"]
+    missing |= {key for key, *_ in info["mismatched_keys"]}
     if classes:
-        base = model.base_model_prefix + "."
-        new = {key for key in new if key.startswith(base) and "pooler" not in key}
+        missing = {key for key in missing if key.startswith(base) and "pooler" not in key}
         for key, layer in model.named_modules():
-            if stored != [label.lower() for label in classes] and not key.startswith(base):
-                getattr(layer, "reset_parameters", int)()
-    require(not new, f"{name}: has no weights for {some(sorted(new))}; they would be random")
+            if not same and not key.startswith(base) and hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+    require(not missing, f"{name}: lacks {some(sorted(missing))}, which would be random")
     require(tokenizer.pad_token and tokenizer.padding_side == "right",
             f"{name}: does not pad on the right; take an encoder such as bert-tiny")
     for key, table in model.named_modules():
@@ -348,30 +339,28 @@ def load(name, device, classes=None):
 
 def encode(model, tokenizer, examples, cfg):
     """Examples as Encoded, each cut at --max-length or at what the model can take."""
-    inputs, limit = collections.defaultdict(list), min(cfg.max_length, tokenizer.model_max_length)
+    inputs, limit = [], min(cfg.max_length, tokenizer.model_max_length)
     for start in range(0, len(examples.texts), 10_000):  # lists of Python integers take memory
         columns = map(list, zip(*examples.texts[start:start + 10_000]))
         tokens = tokenizer(*columns, truncation=True, max_length=limit, return_attention_mask=False)
-        for name, part in tokens.items():
-            inputs[name] += [np.array(ids, np.int32) for ids in part]
-    largest = max(ids.max() for ids in inputs["input_ids"])
+        inputs += [dict(zip(tokens, map(np.int32, row))) for row in zip(*tokens.values())]
+    lengths = torch.tensor([len(row["input_ids"]) for row in inputs])
+    largest = max(row["input_ids"].max() for row in inputs)
     require(largest < len(model.get_input_embeddings().weight),
-            f"{tokenizer.name_or_path}: gives token {largest}, which its model does not know")
-    lengths = torch.tensor([len(ids) for ids in inputs["input_ids"]])
+            f"{tokenizer.name_or_path}: the model does not know token {largest}")
     return Encoded(inputs, lengths, examples.labels, tokenizer)
 
 
 def collate(data, rows, device):
     """Model inputs for these rows, padded to the longest of them, each (rows, longest)."""
-    inputs = {name: [column[row] for row in rows] for name, column in data.inputs.items()}
-    return data.tokenizer.pad(inputs, return_tensors="pt").to(device)
+    return data.tokenizer.pad([data.inputs[row] for row in rows], return_tensors="pt").to(device)
 
 
 def batches(rows, lengths, size, seed):
     """One epoch's batches of `size` rows: each row once, among rows of like length.
 
     Random batches of MultiNLI are 60% padding. So the rows are shuffled, cut into pools, sorted by
-    length within a pool and cut into batches, and the batches are shuffled. Noise in the lengths
+    length within a pool and cut into batches; then the batches are shuffled. Noise in the lengths
     varies which rows meet.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -399,8 +388,8 @@ def metrics(predicted, gold):
     """Accuracy, macro-F1 (mean over the classes in either) and n, from class numbers (n,)."""
     predicted, gold = np.asarray(predicted), np.asarray(gold)
     classes = np.union1d(predicted, gold)[:, None]
-    said, true = predicted == classes, gold == classes                          # (classes, n)
-    f1 = 2 * (said & true).sum(1) / (said.sum(1) + true.sum(1))                 # (classes,)
+    said, true = predicted == classes, gold == classes  # (classes, n)
+    f1 = 2 * (said & true).sum(1) / (said.sum(1) + true.sum(1))  # (classes,)
     return {"accuracy": float((predicted == gold).mean()), "macro-f1": float(f1.mean()),
             "n": len(gold)}
 
@@ -416,22 +405,21 @@ def backbone_size(model):
     return size
 
 
-# ---------------------------------------------------------------- a phase and a run
+# ------------------------------ machinery: phases and runs
 
 
 def fine_tune(name, rows, training, dev, cfg, run):
     """One phase: load a model, train it on these rows, save it in the run's folder under `name`,
-    with its dynamics if it trains on everything for whole epochs. Enters it in run.json."""
+    with its dynamics if it never stops early; enter it in run.json."""
     folder, logs, dynamics = Path(cfg.out, name), not METHODS[name].stops, None
-    if folder.exists():  # the run was resumed
+    if folder.exists():  # done before the run was resumed
         return
     model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
     torch.manual_seed(cfg.seed)  # for a new head: a model has the same one in all phases
     model, tokenizer = load(model_name, cfg.device, training.names)
     data, *dev = [encode(model, tokenizer, examples, cfg) for examples in (training, *dev)]
-    n, flops_per_token = len(data.labels), 6 * backbone_size(model)
-    lr = lr or (1e-5 if flops_per_token > 6 * 200e6 else 2e-5)
-    steps = cfg.epochs * math.ceil(n / cfg.batch_size)
+    n, size = len(data.labels), backbone_size(model)
+    lr, steps = lr or (1e-5 if size > 200e6 else 2e-5), cfg.epochs * math.ceil(n / cfg.batch_size)
     if logs:  # a cell that is never visited stays at -inf
         dynamics = torch.full((cfg.epochs, n, len(training.names)), -math.inf, device=cfg.device)
     else:
@@ -441,11 +429,11 @@ def fine_tune(name, rows, training, dev, cfg, run):
     with refusing(f"{name}: out of memory", "try --grad-accum 2", torch.OutOfMemoryError):
         done = train(name, model, data, dev, rows, steps, lr, cfg, dynamics)
     restore()
-    run["phases"][name] = {
-        "model": model_name, "lr": lr, "budget": steps, **done,
-        "examples_per_second": done["examples"] / done["seconds"],
-        "flops": flops_per_token * done["tokens"],
-        "erm_flops": flops_per_token * data.lengths.sum().item() * cfg.epochs}
+    # A token takes a multiplication and an addition a parameter, forward once and backward twice.
+    flops, whole = 6 * size * done["tokens"], 6 * size * data.lengths.sum().item() * cfg.epochs
+    run["phases"][name] = {"model": model_name, "lr": lr, "budget": steps, **done, "flops": flops,
+                           "erm_flops": whole,
+                           "examples_per_second": done["examples"] / done["seconds"]}
     write_json(Path(cfg.out, "run.json"), run)
 
     def save(partial):
@@ -453,12 +441,12 @@ def fine_tune(name, rows, training, dev, cfg, run):
         tokenizer.save_pretrained(partial)
         if logs:
             np.savez(partial / "dynamics.npz", logits=dynamics.cpu(), labels=training.labels,
-                     fingerprint=run["fingerprints"][0], flops=run["phases"][name]["flops"])
+                     fingerprint=run["fingerprints"][0], flops=flops)
     write(folder, save)
 
 
 def load_dynamics(folder, expected, cfg):
-    """(logits, labels, FLOPs) of a reference in `folder`, if the fingerprint is the expected."""
+    """(logits, labels, FLOPs) of a reference in `folder`, if its fingerprint is the expected."""
     with (refusing(f"{folder}: cannot be read", "name the ref folder of a run"),
           np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
         logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
@@ -477,13 +465,12 @@ def record_selection(name, rows, hardest, training, cfg):
     overlap = None if hardest is None else share(torch.isin(rows, hardest))
     path = Path(cfg.out, "selected.json")
     selected = json.loads(path.read_text()) if path.exists() else {}
-    selected[name] = {"rows": rows.tolist(), "fraction": cfg.fraction, "classes": classes,
-                      "hardest": overlap}
-    write_json(path, selected)
+    write_json(path, selected | {name: {"rows": rows.tolist(), "fraction": cfg.fraction,
+                                        "classes": classes, "hardest": overlap}})
     balance = some([f"{kept:.0%} {label} (of all {every:.0%})"
                     for label, (kept, every) in classes.items()])
     say(cfg, f"{name}: keeps {len(rows):,} of {len(training.labels):,} rows: {balance}"
-        + (f"; {overlap:.0%} are among the hardest as well" if overlap is not None else ""))
+        + ("" if hardest is None else f"; {overlap:.0%} are among the hardest as well"))
 
 
 def open_run(cfg, training, dev):
@@ -509,9 +496,8 @@ def open_run(cfg, training, dev):
         names = [cfg.out]
         dist.broadcast_object_list(names)
         cfg.out, = names
-    libraries = (torch, transformers, datasets, np)
     run = {"config": vars(cfg), "processes": ranks()[1], "fingerprints": sets,
-           "versions": {library.__name__: library.__version__ for library in libraries},
+           "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets)},
            "device": torch.cuda.get_device_name() if "cuda" in cfg.device else cfg.device,
            "phases": {}, "cost": {}}
     write_json(Path(cfg.out, "run.json"), run)
@@ -519,7 +505,7 @@ def open_run(cfg, training, dev):
     return run
 
 
-# ---------------------------------------------------------------- data
+# ------------------------------ machinery: data
 
 # The paper's tasks: the training set, then the dev sets, on the Hub or as their authors' files in
 # --data. (Those of hsd are not on the Hub; eval.py has the test sets.) As in the paper, dev sets
@@ -540,24 +526,25 @@ Examples = collections.namedtuple("Examples", "texts labels names")
 
 def records(source):
     """Yield (number, {column: value}) for each line of a file, or row of owner/name:split."""
-    number, kinds = 0, (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test")
+    number, kind = 0, Path(source).suffix
     try:
         if ":" in source and not Path(source).exists():
             path, split = source.rsplit(":", 1)
             table = datasets.load_dataset(path, split=split)
             for number, row in enumerate(table, 1):
-                for column, kind in table.features.items():  # by name: sets differ in their numbers
-                    if isinstance(kind, datasets.ClassLabel) and row[column] not in (None, -1):
-                        row[column] = kind.names[row[column]]
+                for name, column in table.features.items():  # each set numbers classes its own way
+                    if isinstance(column, datasets.ClassLabel) and row[name] not in (None, -1):
+                        row[name] = column.names[row[name]]
                 yield number, row
             return
-        require(source.endswith(kinds), f"{source}: is not .jsonl, .csv, .tsv or owner/name:split")
+        require(kind in (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test"),
+                f"{source}: is not .jsonl, .csv, .tsv or owner/name:split")
         with open(source, encoding="utf-8-sig", newline="") as lines:
-            if source.endswith(".jsonl"):
+            if kind == ".jsonl":
                 rows = ((i, json.loads(line)) for i, line in enumerate(lines, 1) if line.strip())
             else:  # CAD and DynaHate (.train, .dev, .test) are released without a header
-                header = None if source.endswith((".csv", ".tsv")) else ["labels", "text", "uid"]
-                delimiter = "," if source.endswith(".csv") else "\t"
+                header = None if kind in (".csv", ".tsv") else ["labels", "text", "uid"]
+                delimiter = "," if kind == ".csv" else "\t"
                 table = csv.DictReader(lines, header, delimiter=delimiter, strict=True)
                 rows = ((table.line_num, row) for row in table)
             for number, row in rows:
@@ -567,23 +554,18 @@ def records(source):
 
 
 def read(source, like=None, limit=None):
-    """Read a file, or owner/name:split on the Hub, as Examples; of it the first `limit` rows.
-
-    Rows without a gold label (- or -1) are left out. `like`: Examples whose form (pairs or single
-    texts) and class names are to be kept.
-    """
+    """The first `limit` rows of a file or of owner/name:split (Hub), as Examples. Rows without a
+    gold label (- or -1) are left out. `like`: Examples whose form and classes are to be kept."""
     texts, golds, columns = [], [], None
     for number, row in itertools.islice(records(source), limit):
         where = f"{source}, line {number}"
         require(isinstance(row, dict) and None not in row, f"{where}: has no or too many columns")
         if columns is None:
-            forms = [names for names in TEXTS if {*names} <= {*row}]
-            if like and like.texts:
-                forms = [names for names in forms if len(names) == len(like.texts[0])]
+            widths = {len(text) for text in like.texts[:1]} if like else set()
+            columns = next((c for c in TEXTS if {*c} <= {*row} and widths <= {len(c)}), None)
             gold = next((name for name in LABELS if name in row), None)
-            require(forms and gold, f"{source}: has no label or no text column (pairs, if the "
+            require(columns and gold, f"{source}: has no label or no text column (pairs, if the "
                     "training set has pairs); rename its columns")
-            columns = forms[0]
         text, label = tuple(row.get(name) for name in columns), row.get(gold)
         label = str(label).strip() if isinstance(label, (str, int)) else ""
         require(label and {*map(type, text)} == {str}, f"{where}: {' and '.join(columns)} must be "
@@ -600,7 +582,7 @@ def read(source, like=None, limit=None):
         golds = [SHORT[label] for label in golds]
     # Integers are in the order of their size, other names in that of the alphabet.
     names = like.names if like else sorted({*golds}, key=lambda x: (len(x) * x.isdecimal(), x))
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {name: i for i, name in enumerate(names)}
     return Examples(texts, torch.tensor([numbers[label] for label in golds]), names)
 
 
@@ -621,7 +603,7 @@ def fingerprint(examples):
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-# ---------------------------------------------------------------- the built-in task
+# ------------------------------ machinery: the built-in task
 
 WORDS = ["monday", "tuesday", "wednesday", *(f"thing{i}" for i in range(600))]
 
@@ -631,19 +613,19 @@ def built_in():
 
     A text reads "monday thing12 thing597 ..", its label coast. Of eight things, four belong to a
     place, each in 8 of 10 cases to the right one: no single word decides. Beside this rule stands
-    a shortcut. The day, named first, agrees with the place in 90% of the training and ID texts, at
-    random in the OOD set and never in the adversarial one. 3% of the training labels are wrong.
-    Returns the sets {name: Examples} and, for what is planted, {name: mask (n,) of training rows}.
+    a shortcut: the day agrees with the place in 90% of the training and ID texts, by chance in the
+    OOD set, never in the adversarial one. 3% of the training labels are wrong. Returns the sets
+    {name: Examples} and what is planted in the training rows, {name: mask (n,)}.
     """
     rng = np.random.default_rng(0)  # fixed: --seed varies the training, never the data
     days, things = np.array(WORDS[:3]), np.array(WORDS[3:])  # 150 things a place and 150 of none
 
     def draw(n, agreement, wrong=0.0):
         place = rng.integers(3, size=n)
-        others = (place + rng.integers(1, 3, size=(6, n))) % 3                  # never the place
+        others = (place + rng.integers(1, 3, size=(6, n))) % 3  # never the place
         *elsewhere, false_day, mistake = others
-        owner = np.where(rng.random((4, n)) < 0.8, place, elsewhere)            # (4, n)
-        owner = np.concatenate([owner, np.full((4, n), 3)]).T                   # (n, 8); 3: none
+        owner = np.where(rng.random((4, n)) < 0.8, place, elsewhere)  # (4, n)
+        owner = np.concatenate([owner, np.full((4, n), 3)]).T  # (n, 8); 3: none
         seen = things[rng.permuted(150 * owner + rng.integers(150, size=(n, 8)), axis=1)]
         day = np.where(rng.random(n) < agreement, place, false_day)
         mislabelled = rng.random(n) < wrong
@@ -657,19 +639,18 @@ def built_in():
             "adversarial": draw(2000, 0.0)[0]}, planted
 
 
-def built_in_model(name, device, classes):
+def built_in_model(name, names, device):
     """A BERT with random weights, of the size in its name, and a tokenizer of whole words."""
     layers, width = map(int, name.removeprefix("built-in-").split("x"))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     model = transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=len(words), num_hidden_layers=layers, num_attention_heads=width // 32,
-        hidden_size=width, intermediate_size=4 * width, id2label=dict(enumerate(classes)),
-        label2id={label: i for i, label in enumerate(classes)}))
+        hidden_size=width, intermediate_size=4 * width, **names))
     tokens = {word: i for i, word in enumerate(words)}
     return model.to(device), transformers.BertTokenizer(tokens, model_max_length=64)
 
 
-# ---------------------------------------------------------------- fast, exactly
+# ------------------------------ machinery: fast, exactly
 
 # Work that changes no result is left out: padding (see `batches`), and the following.
 
@@ -690,7 +671,7 @@ def compute_less(model):
 def nearest_positions(attention, args, kwargs):
     """DeBERTa multiplies each token with the embeddings of all relative positions, -span to
     span - 1. Among n tokens only the nearest n on each side occur."""
-    table = kwargs["rel_embeddings"]                                            # (2 * span, hidden)
+    table = kwargs["rel_embeddings"]  # (2 * span, hidden)
     span = len(table) // 2
     attention.pos_ebd_size = width = min(args[0].shape[1], span)
     return args, kwargs | {"rel_embeddings": table[span - width:span + width]}
@@ -707,8 +688,8 @@ def compact_embeddings(model, sets):
     if type(table) is not torch.nn.Embedding or len(users) > 1:
         return lambda: None
     whole, padding = table.weight.detach().cpu(), table.padding_idx
-    used = np.concatenate([ids for data in sets for ids in data.inputs["input_ids"]])
-    used = torch.from_numpy(np.union1d(used, sets[0].tokenizer.pad_token_id)).long()
+    used = [row["input_ids"] for data in sets for row in data.inputs]
+    used = np.union1d(np.concatenate(used), sets[0].tokenizer.pad_token_id)
     place = torch.full((len(whole),), len(whole))  # not used: an error, not a wrong row
     place[used] = torch.arange(len(used))
     place = place.to(model.device)
@@ -723,7 +704,7 @@ def compact_embeddings(model, sets):
     return restore
 
 
-# ---------------------------------------------------------------- files, errors, processes
+# ------------------------------ machinery: files and errors
 
 
 def require(condition, message):
@@ -749,7 +730,7 @@ def some(names):
 
 def check(parser, argv):
     """Parse the command line, refuse what cannot work, fill in what depends on other settings."""
-    parser.error = functools.partial(require, False)
+    parser.error = lambda message: require(False, message)
     cfg, words = parser.parse_args(argv), sys.argv[1:] if argv is None else argv
     if cfg.resume:
         require(sum(word.startswith("--") for word in words) == 1, "--resume: give no other option")
@@ -765,9 +746,7 @@ def check(parser, argv):
     cfg.task = cfg.task or (None if cfg.train else "nli")
     require(cfg.task == "built-in" or "built-in" not in f"{cfg.ref} {cfg.main}",
             "the built-in models know the words of the built-in task only; name others")
-    if "dm" in cfg.methods:  # after erm, whose dynamics it needs
-        cfg.methods.insert(0, "erm")
-    cfg.methods = [*dict.fromkeys(cfg.methods)]
+    cfg.methods = [*dict.fromkeys(["erm"] * ("dm" in cfg.methods) + cfg.methods)]  # dm needs erm
     sources = {METHODS[name].source for name in cfg.methods}
     require(not (cfg.ref and cfg.dynamics), "--dynamics replaces --ref; give one of the two")
     require(not cfg.dynamics or "ref" in sources, "--dynamics: none of the --methods needs it")
@@ -778,7 +757,7 @@ def check(parser, argv):
         require(not isinstance(value, (int, float)) or value >= least.get(name, 1),
                 f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}")
     require(cfg.fraction <= 1, f"--fraction {cfg.fraction}: must be at most 1")
-    require({*sources} <= {None, cfg.dynamics and "ref"} or cfg.epochs > cfg.skip_epochs + 1,
+    require(sources <= {None, cfg.dynamics and "ref"} or cfg.epochs > cfg.skip_epochs + 1,
             f"--epochs {cfg.epochs}: a data map needs two besides those of --skip-epochs")
     cfg.device = cfg.device or str(torch.accelerator.current_accelerator(True) or "cpu")
     with refusing(f"--device {cfg.device}: cannot be used", "give cuda or cpu"):
@@ -808,8 +787,7 @@ def write_json(path, value):
 def say(cfg, line):
     """Print a line, and add it to log.txt."""
     if ranks()[0] == 0:
-        with tqdm.tqdm.external_write_mode():
-            print(line, flush=True)
+        tqdm.tqdm.write(line)
         with open(Path(cfg.out, "log.txt"), "a") as log:
             print(line, file=log)
 
@@ -818,16 +796,15 @@ def save_checkpoint(cfg, name, parts, dynamics, done, best):
     """Save all that `train` needs to go on from here to the same result."""
     state = {key: part.state_dict() for key, part in parts.items()}
     state |= {"phase": name, "dynamics": dynamics, "done": done, "best": best}
-    write(Path(cfg.out, "checkpoint.pt"), functools.partial(torch.save, state))
+    write(Path(cfg.out, "checkpoint.pt"), lambda partial: torch.save(state, partial))
 
 
 def load_checkpoint(cfg, name, parts, dynamics):
     """Fill parts and dynamics in place; return (done, best). None if this phase left nothing."""
-    path = Path(cfg.out, "checkpoint.pt")
-    saved = {"phase": None}
+    path, saved = Path(cfg.out, "checkpoint.pt"), {}
     if cfg.resume and path.exists():
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if saved["phase"] != name:
+    if saved.get("phase") != name:
         return None
     for key, part in parts.items():
         part.load_state_dict(saved[key])
@@ -865,7 +842,7 @@ if __name__ == "__main__":
         if rank == 0:
             eval.main([wanted.out])
     except KeyboardInterrupt:
-        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}"
-        launcher = launcher if dist.is_torchelastic_launched() else "python"
+        local = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc-per-node {local}" if local else "python"
         print(f"stopped; to continue: {launcher} ftft.py --resume {wanted.out}", file=sys.stderr)
         raise SystemExit(130)
