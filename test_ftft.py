@@ -7,6 +7,7 @@ import math
 import pickle
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -583,6 +585,25 @@ def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
     assert len(lines) == 1 and "2 are also in the training set, such as its rows [5, 6]" in lines[0]
 
 
+def test_the_planted_line_tells_the_share_among_the_kept_rows(tmp_path):
+    breaking = ftft.built_in()[1]["shortcut-breaking"]
+    for name, kept in (("a", breaking), ("b", ~breaking)):
+        write(tmp_path / name / "selected.json", [])
+        (tmp_path / name / "selected.json").write_text(json.dumps({"ftft": {"rows": np.flatnonzero(kept).tolist()}}))
+    assert "100.0% shortcut-breaking (training set: 9.8%)" in measuring.planted_line([tmp_path / "a"])
+    assert "50.0 ± 70.7% shortcut-breaking" in measuring.planted_line([tmp_path / "a", tmp_path / "b"])
+
+
+def test_learning_curves_begin_after_the_reference_and_end_at_the_cost(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(measuring.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    phase = {"steps": 60, "budget": 72, "flops": 600, "erm_flops": 1000, "dev": [[30, 0.5], [60, 0.6]]}
+    measuring.draw_learning_curves(tmp_path, {"phases": {"ftft": phase}, "cost": {"ftft": 0.9}})
+    curve, cross = figures[0].axes[0].lines  # the reference cost 300
+    assert [*curve.get_xdata()] == pytest.approx([0.6, 0.9]) and [*curve.get_ydata()] == [50, 60]
+    assert (cross.get_marker(), *cross.get_xdata(), *cross.get_ydata()) == ("x", pytest.approx(0.9), 60)
+
+
 # ---------------------------------------------------------------- whole runs
 
 
@@ -611,6 +632,47 @@ def test_a_run_leaves_what_the_readme_lists(method, task, tmp_path, capsys):
     with pytest.raises(SystemExit):
         measuring.main([str(out)])
     assert "restore its training set" in capsys.readouterr().err
+
+
+def told(*argv, capfd):
+    """The line with which eval.py refuses these arguments."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        measuring.main([*map(str, argv)])
+    assert stopped.value.code == 2
+    return capfd.readouterr().err.splitlines()[-1]
+
+
+def test_runs_that_differ_are_not_shown_as_one(task, tmp_path, monkeypatch, capfd):
+    def broken(*_):
+        raise ValueError("no fonts")
+    monkeypatch.setattr(measuring, "draw_data_map", broken)  # a figure that fails costs no score
+    runs = [tmp_path / name for name in ("a", "b", "c", "d")]
+    main([*task, "--out", str(runs[0])])
+    for run in runs[1:]:
+        shutil.copytree(runs[0], run)
+    measuring.main([str(runs[0]), str(runs[1])])
+    assert capfd.readouterr().err.count("no figure (no fonts)") == 2 and (runs[0] / "results.json").exists()
+    assert "models" in told(runs[0], with_phase(runs[2], "erm"), capfd=capfd)
+    write(tmp_path / "same.jsonl", rows(10, 2))
+    assert "test sets" in told(runs[0], runs[3], capfd=capfd)
+    assert "--against erm-s" in told(runs[0], "--against", "erm-s", capfd=capfd)
+    assert "did not finish" in told(unfinished(runs[2]), capfd=capfd)
+
+
+def with_phase(folder, name):
+    """The run, as if it had trained another model, too."""
+    run = run_json(folder)
+    run["phases"] = {name: run["phases"]["ftft"], **run["phases"]}
+    shutil.copytree(folder / "ftft", folder / name)
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def unfinished(folder):
+    run = run_json(folder)
+    (folder / "run.json").write_text(json.dumps(run | {"cost": {}}))
+    return folder
 
 
 def test_selected_rows_are_those_of_the_data_map_and_described(task, tmp_path, capsys):
@@ -645,6 +707,14 @@ def test_costs_count_real_tokens_and_the_reference(task, tmp_path, models):
     spent = {"ftft": flops["ref"] + flops["ftft"], "erm": flops["erm"], "random": flops["random"],
              "dm": flops["erm"] + flops["dm"]}
     assert run["cost"] == pytest.approx({name: own / flops["erm"] for name, own in spent.items()})
+
+
+@pytest.mark.parametrize("size, lr", [(199e6, 2e-5), (201e6, 1e-5)])
+def test_large_main_models_learn_at_half_the_rate(size, lr, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(ftft, "backbone_size", lambda model: size)
+    task = task[:task.index("--lr")]
+    main([*task, "--methods", "random", "--epochs", "1", "--out", f"{tmp_path}/run"])
+    assert run_json(tmp_path / "run")["phases"]["random"]["lr"] == lr
 
 
 def test_layers_that_are_used_twice_count_twice():
@@ -741,6 +811,63 @@ def test_a_folder_laid_out_as_deberta_v3_on_the_hub_loads_in_float32(tmp_path):
                                stored["embeddings.word_embeddings.weight"].float())
     assert tokenizer.decode(tokenizer("red cat", "dog")["input_ids"]) == "[CLS] red cat[SEP] dog[SEP]"
     assert model.dtype == torch.float32
+
+
+def save(folder, model, tokenizer=None, weights=None, **config):
+    """A model's folder, with other weights or another config."""
+    model.save_pretrained(folder)
+    (tokenizer or tiny()[1]).save_pretrained(folder)
+    if weights:
+        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("case", ["renamed", "another vocabulary", "more layers", "left padding", "unknown token"])
+def test_a_model_that_does_not_fit_its_files_is_refused(case, tmp_path, capfd):
+    (model, tokenizer), weights, config = tiny(), None, {}
+    if case == "renamed":
+        weights = {key.replace("bert.", "own."): value.contiguous() for key, value in model.state_dict().items()}
+    elif case == "left padding":
+        tokenizer = transformers.BertTokenizer(tokenizer.get_vocab(), padding_side="left")
+    elif case == "unknown token":
+        tokenizer = padder()
+    else:
+        config = {"vocab_size": 99} if case == "another vocabulary" else {"num_hidden_layers": 2}
+    folder = save(tmp_path / "model", model, tokenizer, weights, **config)
+    with pytest.raises(SystemExit) as stopped:
+        loaded = ftft.load(folder, "cpu", NLI)
+        ftft.encode(*loaded, ftft.Examples([("40 41",)], torch.tensor([0]), NLI), settings())
+    said = capfd.readouterr().err
+    remedies = {"left padding": "pad on the right", "unknown token": "token 46"}
+    assert stopped.value.code == 2 and said.count("\n") == 1 and remedies.get(case, "would be random") in said
+    assert folder in said and said.count(",") < 6  # five names at most
+
+
+@pytest.mark.parametrize("names, stays", [(["Contradiction", "ENTAILMENT", "neutral"], True),
+                                          (["entailment", "neutral", "contradiction"], False), (NLI[:2], False)])
+def test_a_trained_head_stays_only_with_the_same_classes_in_the_same_order(names, stays, tmp_path):
+    model = encoder("bert", vocab_size=18, num_labels=len(names), problem_type="regression")
+    folder = save(tmp_path / "model", model, id2label=dict(enumerate(names)), pad_token_id=None)
+    loaded, _ = ftft.load(folder, "cpu", NLI)
+    assert torch.equal(loaded.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    head = loaded.classifier.weight
+    assert stays == (head.shape == model.classifier.weight.shape and torch.equal(head, model.classifier.weight))
+    assert [*loaded.config.id2label.values()] == NLI and loaded.config.problem_type is None
+    assert loaded.config.pad_token_id == 0
+
+
+@pytest.mark.parametrize("kind, most", [("bert", 20), ("roberta", 18), ("deberta-v2", 40)])
+def test_inputs_are_cut_at_what_the_model_and_the_tokenizer_can_take(kind, most, tmp_path):
+    pad, text = {"roberta": 1}.get(kind, 0), ftft.Examples([("7 " * 60,)], torch.tensor([0]), NLI)
+    tokenizer = padder(pad)
+    loaded = ftft.load(save(tmp_path / "a", encoder(kind, max_position_embeddings=20), tokenizer), "cpu", NLI)
+    data = ftft.encode(*loaded, text, settings("--max-length", "40"))
+    assert data.lengths.item() == most and loaded[0](**ftft.collate(data, [0], "cpu")).logits.isfinite().all()
+    tokenizer.model_max_length = 12
+    loaded = ftft.load(save(tmp_path / "b", encoder(kind), tokenizer), "cpu", NLI)
+    assert ftft.encode(*loaded, text, settings()).lengths.item() == 12
 
 
 # ---------------------------------------------------------------- crashes and several processes
@@ -920,7 +1047,7 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
     "not utf-8": (b'{"text": "\xff", "label": "a"}\n', "cannot be read"),
     "no label column": ([{"text": "red"}], "no label or no text column"),
     "a line that is no object": ([ONE, [1]], "line 2"),
-    "settings beside those of a run": ({"--resume": "."}, "give no other"),
+    "settings beside those of a run": ({"--resume": ".", "--seed": "0"}, "give no other"),
     "a folder below a file": ({"--out": "train.jsonl/run"}, "--out train.jsonl/run"),
     "a folder in place of a file": ({"--dev": "folder.csv"}, "folder.csv"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
@@ -935,6 +1062,14 @@ BAD = {  # what the training file holds, or which arguments are changed -> what 
     "no reference": ({"--ref": None}, "--ref"),
     "an unknown task": ({"--train": None, "--task": "qa"}, "invalid choice: 'qa'"),
     "the built-in task with other data": ({"--train": None, "--task": "built-in"}, "--task built-in"),
+    "own data and a task": ({"--task": "hsd"}, "--train: leave out --task"),
+    "own data and the authors' files": ({"--data": "."}, "--train: leave out --task and --data"),
+    "a built-in model on other data": ({"--main": "built-in-4x128"}, "built-in task only"),
+    "a reference and another's dynamics": ({"--dynamics": "."}, "--dynamics replaces --ref"),
+    "dynamics of no use": ({"--dynamics": ".", "--ref": None, "--methods": "random"}, "none of the --methods"),
+    "too short inputs": ({"--max-length": "7"}, "--max-length 7: must be at least 8"),
+    "too many names": ({"--test": "id=odd.jsonl", "--train": "many.jsonl"}, "and 15 more"),
+    "an epoch too many left out": ({"--skip-epochs": "2"}, "--epochs 3: a data map needs two"),
     "an unknown option": ({"--frobnicate": "1"}, "--frobnicate"),
     "no such device": ({"--device": "abacus"}, "abacus"),
     "a model folder without config": ({"--main": "."}, ".: cannot be loaded"),
@@ -948,6 +1083,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(case, task, tmp_path, monkey
     bad, named = BAD[case]
     (tmp_path / "wide.csv").write_text("text,label\nred,a\nred, green,b\n")
     (tmp_path / "folder.csv").mkdir()
+    write(tmp_path / "many.jsonl", [{**rows(1)[0], "label": str(i)} for i in range(20)] * 2)
     write(tmp_path / "odd.jsonl", [*rows(1), {**rows(1)[0], "label": "other"}])
     args, key = {"--out": ["run"]}, None
     for word in task:
