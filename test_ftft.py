@@ -588,8 +588,9 @@ def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
 def test_the_planted_line_tells_the_share_among_the_kept_rows(tmp_path):
     breaking = ftft.built_in()[1]["shortcut-breaking"]
     for name, kept in (("a", breaking), ("b", ~breaking)):
-        write(tmp_path / name / "selected.json", [])
-        (tmp_path / name / "selected.json").write_text(json.dumps({"ftft": {"rows": np.flatnonzero(kept).tolist()}}))
+        (tmp_path / name).mkdir()
+        selected = {"ftft": {"rows": np.flatnonzero(kept).tolist()}}
+        (tmp_path / name / "selected.json").write_text(json.dumps(selected))
     assert "100.0% shortcut-breaking (training set: 9.8%)" in measuring.planted_line([tmp_path / "a"])
     assert "50.0 ± 70.7% shortcut-breaking" in measuring.planted_line([tmp_path / "a", tmp_path / "b"])
 
