@@ -30,6 +30,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from ftft import (METHODS, SHORT, Examples, built_in, data_map, encode, fingerprint, load,
@@ -43,14 +44,14 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
               for half in ("matched", "mismatched")],
             ("ood", "hans", "tasksource/hans:validation", "heuristics_evaluation_set.jsonl"),
             ("ood", "wanli", "alisawuffles/WANLI:test", "wanli/test.jsonl"),
-            *[("adversarial", f"anli_r{r}", f"facebook/anli:test_r{r}", f"anli_v1.0/R{r}/test.jsonl")
-              for r in (1, 2, 3)]],
+            *[("adversarial", f"anli_r{r}", f"facebook/anli:test_r{r}",
+               f"anli_v1.0/R{r}/test.jsonl") for r in (1, 2, 3)]],
     "hsd": [("id", "cad_dev", None, "cad/cad_uid.dev"),
             *[("adversarial", f"dynahate_r{r}_{form}", None, f"dynahate/r{r}_{form}.test")
               for r in (2, 3, 4) for form in ("original", "perturbation")]]}
 
 
-# ---------------------------------------------------------------- scoring
+# ------------------------------ scoring
 
 
 def read_tests(cfg, training=None):
@@ -63,7 +64,7 @@ def read_tests(cfg, training=None):
     wanted = [(kind, name, f"{cfg.data}/{file}" if cfg.data else hub or file)
               for kind, name, hub, file in TESTS.get(cfg.task, []) if not cfg.test]
     for kind, _, path in (test.partition("=") for test in cfg.test):
-        require(kind in KINDS and path, f"--test {kind}: write id=FILE, ood=FILE or adversarial=FILE")
+        require(kind in KINDS and path, f"--test {kind}: write id=FILE, ood=.. or adversarial=..")
         wanted.append((kind, Path(path).stem, path))
     tests, lines, known, classes = {}, [], set(training.texts), len(training.names)
     non_names = [f"non-{name}" for name in training.names]
@@ -74,10 +75,10 @@ def read_tests(cfg, training=None):
         examples = tests[kind, name] = read(source, like)
         non_x = examples.labels.max().item()  # perhaps X / non-X, as in HANS: X's number + classes
         require(non_x < classes or {*examples.labels.tolist()} <= {non_x - classes, non_x},
-                f"{source}: must be labelled as the training set, or with X and {like.names[non_x]}")
-        lines.append(f"{kind} {name}: {len(examples.texts):,} rows")
-        if twins := [row for row, text in enumerate(examples.texts) if text in known]:
-            lines[-1] += f"; {len(twins)} are also in the training set, such as its rows {twins[:5]}"
+                f"{source}: its labels must be the training set's, or X and {like.names[non_x]}")
+        twins = [row for row, text in enumerate(examples.texts) if text in known]
+        lines.append(f"{kind} {name}: {len(examples.texts):,} rows" + (
+            f"; {len(twins)} are also training rows, such as {twins[:5]}" if twins else ""))
     return tests, lines
 
 
@@ -100,9 +101,21 @@ def score(name, folder, cfg, tests=None):
     return answers
 
 
+def score_classifiers(args):
+    """Score saved classifiers; returns them as if they were the methods of one run."""
+    options = ["--task", args.task] if args.task else []
+    options += ["--data", args.data] if args.data else []
+    options += ["--test", *args.test] if args.test else []
+    cfg, answers = settings(["--main", args.names[0], "--methods", "erm", *options]), {}
+    for name in args.names:
+        answers |= score(name, name, cfg)
+    return {"": ({"config": vars(cfg), "phases": {}, "cost": {}}, answers)}
+
+
 def score_run(folder, run):
     """Score each model of a run on each test set; write that, then model cards and figures."""
-    cfg = argparse.Namespace(**run["config"] | {"out": str(folder)})
+    here = run["config"]["device"] if torch.cuda.is_available() else "cpu"  # trained elsewhere?
+    cfg = argparse.Namespace(**run["config"] | {"out": str(folder), "device": here})
     training = load_task(cfg)[0]
     require(fingerprint(training) == run["fingerprints"][0], f"{folder}: restore its training set")
     tests, lines = read_tests(cfg, training)
@@ -129,7 +142,7 @@ def write_card(folder, run, results):
               f"{r['n']} |" for kind, tests in results.items() for test, r in tests.items()]
     flags = [shlex.join([f"--{key.replace('_', '-')}", *map(str, np.ravel(value))])
              for key, value in cfg.items() if value not in (None, [])]
-    cost = f", {run['cost'][name]:.2f} of ERM's cost, reference included" if name in run["cost"] else ""
+    cost = f", {run['cost'][name]:.2f} of ERM's cost" if name in run["cost"] else ""
     (folder / "README.md").write_text("\n".join([
         f"# {phase['model']}, fine-tuned on {cfg['train'] or cfg['task']} ({name})", "",
         "Trained with FTFT in one file (Du, Gatt and Nguyen, arXiv 2310.06588): "
@@ -139,7 +152,7 @@ def write_card(folder, run, results):
         "Made by:", "", "    python ftft.py " + " ".join(flags), ""]))
 
 
-# ---------------------------------------------------------------- the tables
+# ------------------------------ the tables
 
 
 def load_runs(folders):
@@ -165,8 +178,8 @@ def load_runs(folders):
 
 @functools.lru_cache
 def resamples(n, draws=1000):
-    """How often each of n examples is in the data itself (once: row 0) and in each bootstrap resample of it,
-    (1 + draws, n). They are the same for all methods and runs: hence scores on a resample are paired."""
+    """How often each of n examples is in the data itself (once: row 0) and in each bootstrap
+    resample, (1 + draws, n); the same for all methods and runs, so that scores are paired."""
     rng = np.random.default_rng(0)
     counts = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws))
     return np.stack([np.ones(n, "f4"), *map(np.float32, counts)])
@@ -175,15 +188,16 @@ def resamples(n, draws=1000):
 def bootstrap(predicted, gold, metric):
     """The metric in % on each of the resamples, (1 + draws,), the first being the data's own."""
     classes = np.union1d(predicted, gold)[:, None]
-    said, true = predicted == classes, gold == classes                          # (classes, n)
+    said, true = predicted == classes, gold == classes  # (classes, n)
     hits, said, true = (resamples(len(gold)) @ part.T for part in (said & true, said, true))
     if metric == "accuracy":
         return 100 * hits.sum(1, dtype=float) / len(gold)
-    return 100 * np.nanmean(2 * hits / np.where(said + true, said + true, np.nan), axis=1, dtype=float)
+    present = np.where(said + true, said + true, np.nan)  # NaN: the class is in neither
+    return 100 * np.nanmean(2 * hits / present, axis=1, dtype=float)
 
 
 def summary(scores):
-    """Of scores (runs, 1 + draws): mean and sample deviation; of one run its 95% bootstrap interval."""
+    """Of scores (runs, 1 + draws): mean and sample deviation; of one run its 95% interval."""
     if len(scores) > 1:
         return {"score": scores[:, 0].mean(), "std": scores[:, 0].std(ddof=1)}
     low, high = np.percentile(scores[0, 1:], [2.5, 97.5])
@@ -191,19 +205,25 @@ def summary(scores):
 
 
 def compare(runs, against):
-    """What is known of runs {folder: (run.json, answers)}, as --json prints it. Intervals of a run are over
-    examples; those of a method's difference to `against`, over examples and runs: too narrow for few runs."""
+    """What is known of runs {folder: (run.json, answers)}, as --json prints it.
+
+    Intervals of a run are over examples; those of a method's difference to `against`, over
+    examples and runs: too narrow for few runs.
+    """
     infos = [run for run, _ in runs.values()]
-    spent = {method: {"cost": [run["cost"][method] for run in infos if method in run["cost"]], **{
-        key: [run["phases"][method][key] for run in infos] for key in ("examples", "seconds")}}
-        for method in sorted(infos[0]["phases"], key=[*METHODS].index)}
+    spent = {}
+    for method in sorted(infos[0]["phases"], key=[*METHODS].index):
+        phases = [run["phases"][method] for run in infos]
+        spent[method] = {"cost": [run["cost"][method] for run in infos if method in run["cost"]],
+                         **{key: [p[key] for p in phases] for key in ("examples", "seconds")}}
     found = {"metric": infos[0]["config"]["metric"], "sets": {}, "runs": {}, "differences": {},
              "methods": {method: {} for method in spent}, "spent": spent}
     scores = {}  # of a method on a set: (runs, 1 + draws)
-    for key, pair in (item for _, answers in runs.values() for item in answers.items()):
-        method, kind, test = key.rsplit("/", 2)  # that method may be a model on the Hub, with a slash
-        found["sets"][test] = {"kind": kind, "n": pair.shape[1]}
-        scores.setdefault((method, test), []).append(bootstrap(*pair, found["metric"]))
+    for _, answers in runs.values():
+        for key, pair in answers.items():
+            method, kind, test = key.rsplit("/", 2)  # a model on the Hub has a slash in its name
+            found["sets"][test] = {"kind": kind, "n": pair.shape[1]}
+            scores.setdefault((method, test), []).append(bootstrap(*pair, found["metric"]))
     picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), len(resamples(1))))
     picked[:, 0] = range(len(runs))  # each resample is of some runs, the data itself of each once
     for (method, test), own in scores.items():
@@ -211,7 +231,8 @@ def compare(runs, against):
         for folder, one in zip(runs, own) if len(runs) > 1 else ():
             found["runs"].setdefault(f"{method}, {folder}", {})[test] = summary(one[None])
         if method != against and (against, test) in scores:
-            gaps = np.take_along_axis(np.subtract(own, scores[against, test]), picked, axis=0).mean(0)
+            gaps = np.subtract(own, scores[against, test])
+            gaps = np.take_along_axis(gaps, picked, axis=0).mean(0)
             found["differences"].setdefault(f"{method} - {against}", {})[test] = summary(gaps[None])
     return found
 
@@ -223,7 +244,7 @@ def spread(values, digits=1):
 
 
 def table(found):
-    """What `compare` found as rows of cells, the first a header: methods, single runs, differences."""
+    """What `compare` found as rows of cells, a header first: methods, runs, differences."""
     sets, spent = found["sets"], found["spent"]
     rows = [["", *(KINDS[test["kind"]] for test in sets.values()), *next(iter(spent.values()), ())],
             ["", *sets], ["n", *(f"{test['n']:,}" for test in sets.values())]]
@@ -239,13 +260,14 @@ def table(found):
 def lay_out(rows, markdown):
     """Rows of cells, the first of them a header, as aligned text or as a Markdown table."""
     if markdown:
-        return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+        rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def planted_line(folders):
-    """Of the built-in task the truth is known: how much of what was planted is among the kept rows?"""
+    """How much of what was planted in the built-in task is among the rows that ftft kept."""
     kept = [json.loads(Path(folder, "selected.json").read_text())["ftft"]["rows"]
             for folder in folders]
     shares = (f"{spread([100 * planted[rows].mean() for rows in kept])}% {name} (training set: "
@@ -262,38 +284,37 @@ def average_ranks(values):
 def transfer(folders):
     """Of each two models with dynamics in these runs: the share of the rows kept as ambiguous by
     one that the other keeps, too, what chance gives, and rank correlations over all rows."""
-    paths = sorted({path.parent for folder in folders for path in Path(folder).glob("*/dynamics.npz")})
-    require(len(paths) > 1, f"--transfer {some(folders)}: holds fewer than two models with dynamics")
-    run, kept, ranks = json.loads((paths[0].parent / "run.json").read_text()), {}, {}
-    cfg = argparse.Namespace(**run["config"])
-    for path in map(str, paths):
-        logits, labels, _ = load_dynamics(path, run["fingerprints"][0], cfg)
-        confidence, variability, _ = data_map(logits[cfg.skip_epochs:], labels)
-        kept[path] = {*select(variability, cfg.fraction).tolist()}
-        ranks[path] = {"variability": average_ranks(variability),
-                       "confidence": average_ranks(confidence)}
-    return [{"a": a, "b": b, "overlap": round(len(kept[a] & kept[b]) / len(kept[a]), 3),
-             "chance": cfg.fraction, **{
-                 f"rho_{key}": round(np.corrcoef(ranks[a][key], ranks[b][key])[0, 1], 3)
-                 for key in ranks[a]}}
-            for a, b in itertools.combinations(kept, 2)]
+    paths = sorted({path for folder in folders for path in Path(folder).glob("*/dynamics.npz")})
+    require(len(paths) > 1, f"--transfer {some(folders)}: have fewer than two models with dynamics")
+    run, kept, ranks = json.loads((paths[0].parents[1] / "run.json").read_text()), {}, {}
+    fraction = run["config"]["fraction"]
+    for path in [str(path.parent) for path in paths]:
+        logits, labels, _ = load_dynamics(path, run)
+        confidence, variability, _ = data_map(logits, labels)
+        kept[path] = {*select(variability, fraction).tolist()}
+        ranks[path] = [average_ranks(values) for values in (variability, confidence)]
+    pairs = []
+    for a, b in itertools.combinations(kept, 2):
+        rho = [round(np.corrcoef(x, y)[0, 1], 3) for x, y in zip(ranks[a], ranks[b])]
+        pairs.append({"a": a, "b": b, "overlap": round(len(kept[a] & kept[b]) / len(kept[a]), 3),
+                      "chance": fraction, "rho_variability": rho[0], "rho_confidence": rho[1]})
+    return pairs
 
 
-# ---------------------------------------------------------------- figures
+# ------------------------------ figures
 
 
 def draw_data_map(folder, run):
     """data_map.png: the examples by variability and confidence, in hexagons, each in the colour of
     its mean correctness and the paler the fewer it holds; red around those with kept rows."""
-    selected = json.loads((folder / "selected.json").read_text()) if run["cost"] else {}
-    method = next((m for m in ("ftft", "dm", "hard", "easy") if m in selected), None)
+    method = next((m for m in ("ftft", "dm", "hard", "easy") if m in run["cost"]), None)
     if method is None:
         return
-    cfg, source = argparse.Namespace(**run["config"]), METHODS[method].source
-    path = cfg.dynamics if cfg.dynamics and source == "ref" else folder / source
-    logits, labels, _ = load_dynamics(path, run["fingerprints"][0], cfg)
-    y, x, correctness = map(np.asarray, data_map(logits[cfg.skip_epochs:], labels))
-    kept = selected[method]["rows"]
+    source = METHODS[method].source
+    path = source == "ref" and run["config"]["dynamics"] or folder / source
+    logits, labels, _ = load_dynamics(path, run)
+    y, x, correctness = map(np.asarray, data_map(logits, labels))
+    kept = json.loads((folder / "selected.json").read_text())[method]["rows"]
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     grid = dict(gridsize=60, mincnt=1, extent=(0, x.max(), 0, 1))
@@ -310,17 +331,18 @@ def draw_data_map(folder, run):
 
 
 def draw_learning_curves(folder, run):
-    """learning_curves.png: dev score against cost, the reference's included; a cross at an early stop."""
+    """learning_curves.png: dev score against cost, the reference's included; x: stopped early."""
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     for method in (m for m in METHODS if m in run["cost"] and run["phases"][m]["dev"]):
         phase = run["phases"][method]
         steps, scores = np.array(phase["dev"]).T
         # what was spent in the end, less what was still to be trained
-        cost = run["cost"][method] + phase["flops"] / phase["erm_flops"] * (steps / phase["steps"] - 1)
+        own = phase["flops"] / phase["erm_flops"]
+        cost = run["cost"][method] + own * (steps / phase["steps"] - 1)
         curve, = axes.plot(cost, 100 * scores, marker=".", label=method)
         if phase["steps"] < phase["budget"]:
-            axes.plot(cost[-1], 100 * scores[-1], marker="x", markersize=10, color=curve.get_color())
+            axes.plot(cost[-1], 100 * scores[-1], "x", markersize=10, color=curve.get_color())
     if axes.lines:
         axes.set(xlabel="cost relative to ERM", ylabel="mean dev score (%)")
         axes.legend(title="x: stopped early")
@@ -330,7 +352,7 @@ def draw_learning_curves(folder, run):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = functools.partial(require, False)
+    parser.error = lambda message: require(False, message)
     add = parser.add_argument
     add("names", nargs="+", help="folders of runs; or classifiers, with --task or --test")
     add("--task", choices=list(TESTS), help="score classifiers on the test sets of this task")
@@ -346,23 +368,12 @@ def main(argv=None):
         lines = ["overlap of the kept rows, what chance gives, and Spearman's rank correlations"]
         rows = [[*found[0]], *([*map(str, pair.values())] for pair in found)]
     else:
-        if args.task or args.test:
-            argv = ["--methods", "erm", "--main", args.names[0]]
-            for option in ("task", "data", "test"):
-                argv += ["--" + option, *np.ravel(value)] if (value := vars(args)[option]) else []
-            cfg, answers = settings(argv), {}
-            for name in args.names:
-                answers |= score(name, name, cfg)
-            runs = {"": ({"config": vars(cfg), "phases": {}, "cost": {}}, answers)}
-        else:
-            runs = load_runs(args.names)
+        runs = score_classifiers(args) if args.task or args.test else load_runs(args.names)
         found = compare(runs, args.against)
-        known = [*found["methods"]]
-        require(args.against in known or args.against == "erm",
-                f"--against {args.against}: was not trained; choose one of {some(known)}")
-        lines = [f"{found['metric']} in %, [95% interval], and mean ± standard deviation over runs",
-                 "cost relative to ERM, the reference's included; "
-                 "examples and seconds of the method alone"]
+        known = ["erm", *found["methods"]]
+        require(args.against in known, f"--against {args.against}: is none of {some(known)}")
+        lines = [f"{found['metric']} in %, [95% interval], mean ± standard deviation over runs",
+                 "cost relative to ERM, the reference's included; examples and seconds: without it"]
         rows = table(found)
         if all(run["config"]["task"] == "built-in" and "ftft" in run["cost"]
                for run, _ in runs.values()):

@@ -1,22 +1,22 @@
 """FTFT: fine-tune a large model on the training examples that a small model finds ambiguous.
 
-Fine-tuned language models break on out-of-distribution and adversarial input, because shortcuts
-solve most of their training examples. A model that trains on the examples it keeps changing its
-mind about becomes more robust, and a much smaller model can find these examples for it. This is
-FTFT (Du, Gatt and Nguyen, arXiv 2310.06588), in four steps:
+Shortcuts solve most training examples, so models that learn them break on out-of-distribution and
+adversarial input. A model becomes more robust if it trains on the examples that models keep
+changing their mind about, and a much smaller model can find these examples. This is FTFT (Du,
+Gatt and Nguyen, arXiv 2310.06588), in four steps:
 
   1. Fine-tune a small reference model on all n training examples, and log its training dynamics:
      `dynamics` (epochs, n, classes) holds the logits of every example in every epoch.
   2. Draw the data map: `confidence` and `variability` (n,) are the mean and the standard
      deviation of p(gold), the probability of the correct class, over the epochs.
   3. Keep `rows` (k,), the third of the examples with the highest variability.
-  4. Fine-tune the large main model on those rows only, for fewer steps.
+  4. Fine-tune the large main model on those rows only, and stop early.
 
   python ftft.py                                            # built-in task, offline, on a CPU
-  python ftft.py --ref deberta-small --main deberta-large   # MultiNLI, then ANLI, HANS and WANLI
+  python ftft.py --ref deberta-small --main deberta-large   # MultiNLI; tested on ANLI, HANS, WANLI
 
-The method ends with `main`; the rest is machinery. An example has one name for life, whichever
-model and tokenizer is at work: its row number in the training list.
+The method ends with `main`; the rest is machinery. An example is always named by its row number
+in the training list, whichever model and tokenizer is at work.
 """
 import argparse
 import collections
@@ -43,10 +43,10 @@ import transformers
 
 # ------------------------------ settings
 
-# A phase trains on all rows, on random ones, or on those that the data map of `source` favours.
-# `stops`: it may stop early. The reference and plain fine-tuning (ERM) never do: they train on
-# everything for whole epochs, and log their dynamics.
-Method = collections.namedtuple("Method", "rows source stops")
+# A phase trains one model: the reference, or the main model by one of the methods. keep: which rows
+# it trains on; source: the phase whose data map chooses them; stops: it may stop early. Those that
+# may not, the reference and plain fine-tuning (ERM), train for whole epochs and log their dynamics.
+Method = collections.namedtuple("Method", "keep source stops")
 METHODS = {"ref": Method("all", None, False),
            "erm": Method("all", None, False),
            "erm-es": Method("all", None, True),
@@ -61,7 +61,7 @@ MODELS = {
     **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
     **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")},
     "bert-tiny": "prajjwal1/bert-tiny"}
-# Two models of random weights, 2 layers x 64 and 4 x 128, which take higher learning rates.
+# Two models of random weights, 2 layers x 64 and 4 x 128: they need higher rates than 2e-5.
 BUILT_IN = {"task": "built-in", "ref": "built-in-2x64", "main": "built-in-4x128",
             "methods": ["ftft", "erm", "random"], "lr": 5e-4, "ref_lr": 1e-3}
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -78,13 +78,13 @@ def settings(argv=None):
     add("--methods", nargs="+", choices=[*METHODS][1:], default=["ftft"], metavar="METHOD",
         help="models to train: ftft (default), erm, erm-es, random, easy, hard, dm")
     add("--fraction", type=float, default=0.33, help="share of the rows to keep (default: 0.33)")
-    add("--skip-epochs", type=int, default=0, help="leave the first ones out of the data map")
+    add("--skip-epochs", type=int, default=0, help="leave the first N out of the data map")
 
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=["nli", "hsd", "built-in"], help="nli: MultiNLI (default); hsd: CAD")
     add("--data", metavar="DIR", help="folder with the task's files, read instead of the Hub")
     add("--train", metavar="FILE", help="your data: .jsonl, .csv, .tsv or owner/name:split (Hub)")
-    add("--dev", nargs="+", default=[], metavar="FILE", help="sets to stop by")
+    add("--dev", nargs="+", default=[], metavar="FILE", help="sets for early stopping")
     add("--test", nargs="+", default=[], metavar="FILE", help="id=FILE, ood=.., adversarial=..")
     add("--limit", type=int, help="read this many training rows only")
     add("--metric", choices=["accuracy", "macro-f1"], help="default: macro-f1 for hsd only")
@@ -93,10 +93,11 @@ def settings(argv=None):
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=4, help="of the reference and of erm (default: 4)")
-    add("--steps", type=int, help="budget of the others (default: erm's; without --dev a third)")
-    add("--patience", type=int, default=2, help="evaluations, of 12, to wait for a better score")
+    add("--steps", type=int, help="of other methods (default: erm's; a third without dev sets)")
+    add("--patience", type=int, default=2,
+        help="stop after this many evaluations, of 12, without a new best score (default: 2)")
     add("--batch-size", type=int, default=32, help="rows in a step (default: 32)")
-    add("--lr", type=float, help="of main models (default: 2e-5; above 200M parameters 1e-5)")
+    add("--lr", type=float, help="of main models (default: 2e-5; large models 1e-5)")
     add("--ref-lr", type=float, default=2e-5, help="of the reference (default: 2e-5)")
     add("--max-length", type=int, default=300, help="in tokens (default: 300)")
     add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows")
@@ -120,7 +121,7 @@ def data_map(dynamics, labels):
     correctness  share of the epochs in which the gold class had the highest logit
     """
     assert dynamics.isfinite().all(), "an example was not visited in every epoch"
-    gold = labels.expand(len(dynamics), -1)  # (epochs, n)
+    gold = labels.expand(len(dynamics), -1)  # (epochs, n), as gather does not broadcast
     p_gold = dynamics.softmax(-1).gather(-1, gold[..., None]).squeeze(-1)  # (epochs, n)
     correct = dynamics.argmax(-1) == labels  # (epochs, n)
     return p_gold.mean(0), p_gold.std(0, correction=0), correct.float().mean(0)
@@ -144,21 +145,21 @@ def seed_for(*what):
 
 
 def since_best(curve, warmup):
-    """How many evaluations ago the dev score was highest; 0 if it is now.
+    """How many evaluations ago the dev score was highest: 0 for a new best, -1 for no evaluation.
 
-    curve: [[step, score], ..]. Evaluations within the warm-up do not count; -1 if all are.
+    curve: [[step, score], ..]. Evaluations within the warm-up do not count.
     """
     scores = [score for step, score in curve if step > warmup]
     return len(scores) - 1 - scores.index(max(scores)) if scores else -1
 
 
 def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
-    """Fine-tune `model` in place, for the phase `name` of METHODS; it ends with its best weights.
+    """Fine-tune `model` in place; it ends with the weights that did best on the dev sets, if any.
 
-    data, dev: the training set and the list of dev sets, as Encoded. rows (k,): what to train on.
-    steps: the budget, over which the learning rate decays. dynamics: a tensor (epochs, n, classes)
-    in which to log the logits, in place. Returns a dictionary of what was done: steps, examples,
-    tokens, seconds, and the dev scores [[step, score], ..].
+    name: of the phase, in METHODS. data, dev: the training set and the list of dev sets, Encoded.
+    rows (k,): what to train on. steps: the budget, over which the learning rate decays. dynamics:
+    a tensor (epochs, n, classes) in which to log the logits. Returns a dictionary of what was
+    done: steps, examples, tokens, seconds, and the dev scores [[step, score], ..].
     """
     (rank, world), device = ranks(), model.device
     seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es is to be ERM, cut short
@@ -177,23 +178,23 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
     for step in range(done["steps"], steps):
         if METHODS[name].stops and since_best(done["dev"], warmup) >= cfg.patience:
-            break
+            break  # asked here, since a run may be resumed just after its last evaluation
         epoch, place = divmod(step, epoch_steps)
         if place == 0 or order is None:
             order = batches(rows, data.lengths, cfg.batch_size, seed_for(*seeds, epoch))
         batch = order[place]
 
-        # Forward and backward. Each process takes every world-th row of the batch and works
-        # through them in pieces. A loss is summed, then divided by the rows of the whole batch,
-        # so that each example weighs the same. (DDP averages over processes: hence `world`.)
+        # Forward and backward. Each process works through every world-th row, in pieces. The
+        # gradient is that of sum(losses) / len(batch), so that each example weighs the same;
+        # DDP averages over the processes, hence `world`.
         model.train()
         torch.manual_seed(seed_for(*seeds, step, rank))  # so dropout has no state to save
         mine, weight, loss = batch[rank::world], world / len(batch), 0.0
-        if len(mine) == 0:  # a process without rows takes one along, at no weight
+        if len(mine) == 0:  # a process without rows computes one at weight 0
             mine, weight = batch[:1], 0.0
         pieces = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum))
         for piece in pieces:
-            net.require_backward_grad_sync = piece is pieces[-1]  # DDP adds up gradients once
+            net.require_backward_grad_sync = piece is pieces[-1]  # DDP adds up once
             with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
                 logits = net(**collate(data, piece, device)).logits.float()  # (piece, classes)
             labels = data.labels[piece].to(device)
@@ -207,7 +208,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
                 dynamics[epoch, piece] = logits.detach()
             not_finite += ~logits.isfinite().all()
 
-        # Update. The rate rises over the warm-up, then falls to zero at the end of the budget.
+        # Update. The rate rises from zero over the warm-up, then falls to zero over the budget.
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / warmup, (steps - step) / max(1, steps - warmup))
         scaler.unscale_(optimizer)
@@ -226,7 +227,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         if done["steps"] not in points:
             continue
 
-        # Evaluate, keep the best, stop early (above).
+        # Evaluate, keep the best (and stop early, above).
         require(not over_ranks(not_finite).item() and scaler.get_scale() > 1e-3,
                 f"{name}: logits or gradients overflowed or diverged before step {done['steps']}; "
                 "start anew with a lower learning rate, or with --amp off")
@@ -242,7 +243,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
         # Checkpoint.
         if dynamics is not None:
-            over_ranks(dynamics)  # each process has visited other rows
+            over_ranks(dynamics)  # of each cell the maximum: it is -inf where not visited
         save_checkpoint(cfg, name, parts, dynamics, done, best)
         began = time.perf_counter()
     bar.close()
@@ -256,33 +257,31 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 def main(cfg):
     """Run FTFT, and the methods to compare it with: they go through the same four steps."""
     training, dev = load_task(cfg)
-    run, everything = open_run(cfg, training, dev), torch.arange(len(training.labels))
+    run = open_run(cfg, training, dev)
+    everything = torch.arange(len(training.labels))
+    folders = {"ref": cfg.dynamics or f"{cfg.out}/ref", "erm": f"{cfg.out}/erm"}  # with dynamics
 
     # Step 1. Fine-tune the small reference model on everything, and log its training dynamics.
     if not cfg.dynamics and "ref" in {METHODS[name].source for name in cfg.methods}:
         fine_tune("ref", everything, training, dev, cfg, run)
 
     for name in cfg.methods:
-        how, source, _ = METHODS[name]
-        source_flops, hardest = 0, None
-        if how == "all":
-            rows = everything
-        elif how == "random":
+        keep, source, _ = METHODS[name]
+        rows, hardest, source_flops = everything, None, 0
+        if keep == "random":
             generator = torch.Generator().manual_seed(seed_for(cfg.seed, "random rows"))
             rows = select(torch.rand(len(everything), generator=generator), cfg.fraction)
-        else:
-            # Step 2. Draw the data map of the reference (for dm: of the main model, after erm).
-            folder = cfg.dynamics if cfg.dynamics and source == "ref" else Path(cfg.out, source)
-            dynamics, labels, source_flops = load_dynamics(folder, run["fingerprints"][0], cfg)
-            confidence, variability, _ = data_map(dynamics[cfg.skip_epochs:], labels)
+        elif keep != "all":
+            # Step 2. Draw the data map of the reference (for dm, of the main model after erm).
+            dynamics, labels, source_flops = load_dynamics(folders[source], run)
+            confidence, variability, _ = data_map(dynamics, labels)
             # Step 3. Keep the rows that the method favours: ftft those whose p(gold) swings most.
-            score = {"ambiguous": variability, "hard": -confidence, "easy": confidence}[how]
+            score = {"ambiguous": variability, "hard": -confidence, "easy": confidence}[keep]
             rows, hardest = select(score, cfg.fraction), select(-confidence, cfg.fraction)
-        if how != "all":
+        if keep != "all":
             record_selection(name, rows, hardest, training, cfg)
-        # Step 4. Fine-tune the large main model on those rows only.
-        fine_tune(name, rows, training, dev, cfg, run)
-        phase = run["phases"][name]
+        # Step 4. Fine-tune the large main model on those rows only (erm: on all).
+        phase = fine_tune(name, rows, training, dev, cfg, run)
         run["cost"][name] = (source_flops + phase["flops"]) / phase["erm_flops"]
         write_json(Path(cfg.out, "run.json"), run)
     if ranks()[0] == 0:
@@ -410,29 +409,31 @@ def backbone_size(model):
 
 def fine_tune(name, rows, training, dev, cfg, run):
     """One phase: load a model, train it on these rows, save it in the run's folder under `name`,
-    with its dynamics if it never stops early; enter it in run.json."""
+    with its dynamics if it never stops early; enter it in run.json and return the entry."""
     folder, logs, dynamics = Path(cfg.out, name), not METHODS[name].stops, None
     if folder.exists():  # done before the run was resumed
-        return
+        return run["phases"][name]
     model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
     torch.manual_seed(cfg.seed)  # for a new head: a model has the same one in all phases
     model, tokenizer = load(model_name, cfg.device, training.names)
     data, *dev = [encode(model, tokenizer, examples, cfg) for examples in (training, *dev)]
     n, size = len(data.labels), backbone_size(model)
-    lr, steps = lr or (1e-5 if size > 200e6 else 2e-5), cfg.epochs * math.ceil(n / cfg.batch_size)
+    lr = lr or (1e-5 if size > 200e6 else 2e-5)
+    steps = cfg.epochs * math.ceil(n / cfg.batch_size)
     if logs:  # a cell that is never visited stays at -inf
         dynamics = torch.full((cfg.epochs, n, len(training.names)), -math.inf, device=cfg.device)
     else:
         steps = cfg.steps or (steps if dev else max(1, round(steps / 3)))
     compute_less(model)
     restore = compact_embeddings(model, [data, *dev])
-    with refusing(f"{name}: out of memory", "try --grad-accum 2", torch.OutOfMemoryError):
+    with refusing(f"{name}: out of memory", "start anew with --grad-accum 2 (and --dynamics, if "
+                  "the reference is done)", torch.OutOfMemoryError):
         done = train(name, model, data, dev, rows, steps, lr, cfg, dynamics)
     restore()
-    # A token takes a multiplication and an addition a parameter, forward once and backward twice.
-    flops, whole = 6 * size * done["tokens"], 6 * size * data.lengths.sum().item() * cfg.epochs
+    # A parameter costs a token two operations forward and four backward.
+    flops, erm_tokens = 6 * size * done["tokens"], cfg.epochs * data.lengths.sum().item()
     run["phases"][name] = {"model": model_name, "lr": lr, "budget": steps, **done, "flops": flops,
-                           "erm_flops": whole,
+                           "erm_flops": 6 * size * erm_tokens,
                            "examples_per_second": done["examples"] / done["seconds"]}
     write_json(Path(cfg.out, "run.json"), run)
 
@@ -443,17 +444,18 @@ def fine_tune(name, rows, training, dev, cfg, run):
             np.savez(partial / "dynamics.npz", logits=dynamics.cpu(), labels=training.labels,
                      fingerprint=run["fingerprints"][0], flops=flops)
     write(folder, save)
+    return run["phases"][name]
 
 
-def load_dynamics(folder, expected, cfg):
-    """(logits, labels, FLOPs) of a reference in `folder`, if its fingerprint is the expected."""
+def load_dynamics(folder, run):
+    """(logits, labels, FLOPs) of a reference in `folder`, without the epochs of --skip-epochs."""
     with (refusing(f"{folder}: cannot be read", "name the ref folder of a run"),
           np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
         logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
         flops, known = int(saved["flops"]), str(saved["fingerprint"])
-    require(known == expected, f"{folder}: is of another training set; give the rows it had")
-    require(len(logits) > cfg.skip_epochs + 1, f"{folder}: has {len(logits)} epochs; a data map "
-            "needs two besides those of --skip-epochs")
+    require(known == run["fingerprints"][0], f"{folder}: is of another training set; give its rows")
+    logits = logits[run["config"]["skip_epochs"]:]
+    require(len(logits) > 1, f"{folder}: --skip-epochs leaves fewer than two epochs; lower it")
     return logits, labels, flops
 
 
@@ -475,15 +477,22 @@ def record_selection(name, rows, hardest, training, cfg):
 
 def open_run(cfg, training, dev):
     """Make the run's folder, or read it on --resume. Returns what run.json holds; sets cfg.out."""
-    n, sets = len(training.labels), [fingerprint(examples) for examples in (training, *dev)]
+    run = {"config": vars(cfg), "processes": ranks()[1],
+           "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets)},
+           "device": torch.cuda.get_device_name() if "cuda" in cfg.device else cfg.device,
+           "fingerprints": [fingerprint(examples) for examples in (training, *dev)],
+           "phases": {}, "cost": {}}
     if cfg.resume:
-        run = json.loads(Path(cfg.out, "run.json").read_text())
-        require(run["fingerprints"] == sets, f"--resume {cfg.out}: the data changed; restore it")
-        require(run["processes"] == ranks()[1], f"--resume: start {run['processes']} processes")
-        return run
-    require(round(cfg.fraction * n) >= cfg.batch_size, "--fraction: keeps less than a batch")
+        saved = json.loads(Path(cfg.out, "run.json").read_text())
+        same = saved["fingerprints"] == run["fingerprints"]
+        require(same, f"--resume {cfg.out}: the data has changed since; restore it")
+        require(saved["processes"] == ranks()[1], f"--resume: start {saved['processes']} processes")
+        return saved
+    n = len(training.labels)
+    require(round(cfg.fraction * n) >= cfg.batch_size or cfg.methods == ["erm"],
+            f"--fraction {cfg.fraction}: keeps less than a batch of {n} rows; raise it")
     if cfg.dynamics:
-        load_dynamics(cfg.dynamics, sets[0], cfg)
+        load_dynamics(cfg.dynamics, run)
     for name in filter(None, (cfg.ref, cfg.main)):  # better to miss a model now than after days
         load(name, cfg.device, training.names)
     if ranks()[0] == 0:
@@ -496,10 +505,6 @@ def open_run(cfg, training, dev):
         names = [cfg.out]
         dist.broadcast_object_list(names)
         cfg.out, = names
-    run = {"config": vars(cfg), "processes": ranks()[1], "fingerprints": sets,
-           "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets)},
-           "device": torch.cuda.get_device_name() if "cuda" in cfg.device else cfg.device,
-           "phases": {}, "cost": {}}
     write_json(Path(cfg.out, "run.json"), run)
     say(cfg, f"{cfg.out}: {n:,} training rows")
     return run
@@ -550,7 +555,7 @@ def records(source):
             for number, row in rows:
                 yield number, row
     except Exception as error:  # no such file, no network, not JSON, a quote never closed, ..
-        require(False, f"{source}: cannot be read after line {number} ({error}); mend it")
+        require(False, f"{source}: cannot be read (after line {number}: {error}); mend it")
 
 
 def read(source, like=None, limit=None):
@@ -652,7 +657,7 @@ def built_in_model(name, names, device):
 
 # ------------------------------ machinery: fast, exactly
 
-# Work that changes no result is left out: padding (see `batches`), and the following.
+# Work on which no result depends is left out: padding (see `batches`), and the following.
 
 
 def compute_less(model):
@@ -740,7 +745,7 @@ def check(parser, argv):
     own = cfg.data or cfg.train or cfg.dev or cfg.test or cfg.limit
     if cfg.task == "built-in" or not (cfg.task or cfg.ref or cfg.main or cfg.dynamics or own):
         require(not own, "--task built-in has its own data; leave out other data and --limit")
-        parser.set_defaults(**BUILT_IN)
+        parser.set_defaults(**BUILT_IN | ({"ref": None} if cfg.dynamics else {}))
         cfg = parser.parse_args(argv)
     require(not (cfg.train and (cfg.task or cfg.data)), "--train: leave out --task and --data")
     cfg.task = cfg.task or (None if cfg.train else "nli")
@@ -752,7 +757,8 @@ def check(parser, argv):
     require(not cfg.dynamics or "ref" in sources, "--dynamics: none of the --methods needs it")
     require(cfg.main and (cfg.ref or cfg.dynamics or "ref" not in sources),
             "--ref or --main is missing; name two models, such as deberta-small and deberta-large")
-    least = {"seed": 0, "skip_epochs": 0, "max_length": 8, "fraction": 0, "lr": 0, "ref_lr": 0}
+    least = {"seed": 0, "skip_epochs": 0, "max_length": 8, "fraction": 0, "lr": 1e-9,
+             "ref_lr": 1e-9}
     for name, value in vars(cfg).items():
         require(not isinstance(value, (int, float)) or value >= least.get(name, 1),
                 f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}")
@@ -844,5 +850,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         local = os.environ.get("LOCAL_WORLD_SIZE")
         launcher = f"torchrun --nproc-per-node {local}" if local else "python"
-        print(f"stopped; to continue: {launcher} ftft.py --resume {wanted.out}", file=sys.stderr)
+        command = f"{launcher} ftft.py --resume {wanted.out}"
+        if Path(wanted.out or "", "run.json").exists() and ranks()[0] == 0:
+            print(f"stopped; to continue: {command}", file=sys.stderr)
         raise SystemExit(130)

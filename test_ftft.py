@@ -582,7 +582,7 @@ def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
     items = rows(30)
     train, test = write(tmp_path / "train.csv", items), write(tmp_path / "test.csv", rows(5, 9) + items[3:5])
     _, lines = measuring.read_tests(settings("--train", train, "--test", f"ood={test}"))
-    assert len(lines) == 1 and "2 are also in the training set, such as its rows [5, 6]" in lines[0]
+    assert len(lines) == 1 and "2 are also training rows, such as [5, 6]" in lines[0]
 
 
 def test_the_planted_line_tells_the_share_among_the_kept_rows(tmp_path):
