@@ -410,7 +410,7 @@ def backbone_size(model):
 def fine_tune(name, rows, training, dev, cfg, run):
     """One phase: load a model, train it on these rows, save it in the run's folder under `name`,
     with its dynamics if it never stops early; enter it in run.json and return the entry."""
-    folder, logs, dynamics = Path(cfg.out, name), not METHODS[name].stops, None
+    folder, dynamics = Path(cfg.out, name), None
     if folder.exists():  # done before the run was resumed
         return run["phases"][name]
     model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
@@ -420,10 +420,10 @@ def fine_tune(name, rows, training, dev, cfg, run):
     n, size = len(data.labels), backbone_size(model)
     lr = lr or (1e-5 if size > 200e6 else 2e-5)
     steps = cfg.epochs * math.ceil(n / cfg.batch_size)
-    if logs:  # a cell that is never visited stays at -inf
-        dynamics = torch.full((cfg.epochs, n, len(training.names)), -math.inf, device=cfg.device)
-    else:
+    if METHODS[name].stops:
         steps = cfg.steps or (steps if dev else max(1, round(steps / 3)))
+    else:  # a cell that is never visited stays at -inf
+        dynamics = torch.full((cfg.epochs, n, len(training.names)), -math.inf, device=cfg.device)
     compute_less(model)
     restore = compact_embeddings(model, [data, *dev])
     with refusing(f"{name}: out of memory", "start anew with --grad-accum 2 (and --dynamics, if "
@@ -440,7 +440,7 @@ def fine_tune(name, rows, training, dev, cfg, run):
     def save(partial):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        if logs:
+        if dynamics is not None:
             np.savez(partial / "dynamics.npz", logits=dynamics.cpu(), labels=training.labels,
                      fingerprint=run["fingerprints"][0], flops=flops)
     write(folder, save)
@@ -467,8 +467,9 @@ def record_selection(name, rows, hardest, training, cfg):
     overlap = None if hardest is None else share(torch.isin(rows, hardest))
     path = Path(cfg.out, "selected.json")
     selected = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, selected | {name: {"rows": rows.tolist(), "fraction": cfg.fraction,
-                                        "classes": classes, "hardest": overlap}})
+    selected[name] = {"rows": rows.tolist(), "fraction": cfg.fraction, "classes": classes,
+                      "hardest": overlap}
+    write_json(path, selected)
     balance = some([f"{kept:.0%} {label} (of all {every:.0%})"
                     for label, (kept, every) in classes.items()])
     say(cfg, f"{name}: keeps {len(rows):,} of {len(training.labels):,} rows: {balance}"
@@ -484,9 +485,8 @@ def open_run(cfg, training, dev):
            "phases": {}, "cost": {}}
     if cfg.resume:
         saved = json.loads(Path(cfg.out, "run.json").read_text())
-        same = saved["fingerprints"] == run["fingerprints"]
-        require(same, f"--resume {cfg.out}: the data has changed since; restore it")
-        require(saved["processes"] == ranks()[1], f"--resume: start {saved['processes']} processes")
+        require(all(saved[key] == run[key] for key in ("fingerprints", "processes")),
+                f"--resume: restore the run's data, and start {saved['processes']} processes")
         return saved
     n = len(training.labels)
     require(round(cfg.fraction * n) >= cfg.batch_size or cfg.methods == ["erm"],
@@ -499,7 +499,7 @@ def open_run(cfg, training, dev):
         task = cfg.task or Path(cfg.train).stem
         free = (f"runs/{task}-{i}" for i in itertools.count(1))
         cfg.out = cfg.out or next(path for path in free if not Path(path).exists())
-        with refusing(f"--out {cfg.out}: cannot be made", "name another, or --resume this one"):
+        with refusing(f"--out {cfg.out}: cannot be made", "name another or --resume this one"):
             Path(cfg.out).mkdir(parents=True)
     if dist.is_initialized():  # the first process names the folder
         names = [cfg.out]
@@ -512,9 +512,8 @@ def open_run(cfg, training, dev):
 
 # ------------------------------ machinery: data
 
-# The paper's tasks: the training set, then the dev sets, on the Hub or as their authors' files in
-# --data. (Those of hsd are not on the Hub; eval.py has the test sets.) As in the paper, dev sets
-# are out of distribution: they are used to stop, never to train.
+# The paper's tasks: the training set, then the dev sets, each on the Hub (hsd is not there) and as
+# its authors' file in --data. As in the paper, the dev sets are out of distribution.
 TASKS = {
     "nli": [("nyu-mll/multi_nli:train", "multinli_1.0/multinli_1.0_train.jsonl"),
             *[(f"facebook/anli:dev_r{r}", f"anli_v1.0/R{r}/dev.jsonl") for r in (1, 2, 3)]],
@@ -542,8 +541,8 @@ def records(source):
                         row[name] = column.names[row[name]]
                 yield number, row
             return
-        require(kind in (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test"),
-                f"{source}: is not .jsonl, .csv, .tsv or owner/name:split")
+        if kind not in (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test"):
+            raise ValueError("give .jsonl, .csv, .tsv, or owner/name:split on the Hub")
         with open(source, encoding="utf-8-sig", newline="") as lines:
             if kind == ".jsonl":
                 rows = ((i, json.loads(line)) for i, line in enumerate(lines, 1) if line.strip())
@@ -683,29 +682,26 @@ def nearest_positions(attention, args, kwargs):
 
 
 def compact_embeddings(model, sets):
-    """Train only the rows of the word table that are used in these Encoded sets.
-
-    The others get no gradient, and AdamW without weight decay leaves a row without gradients
-    alone. Returns a function that puts them back. A table with a second user is left whole.
-    """
+    """Train only the rows of the word table that these Encoded sets use: AdamW without weight decay
+    leaves a row without gradients alone. Returns a function that puts the others back."""
     table = model.get_input_embeddings()
     users = [p for _, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
     if type(table) is not torch.nn.Embedding or len(users) > 1:
         return lambda: None
-    whole, padding = table.weight.detach().cpu(), table.padding_idx
     used = [row["input_ids"] for data in sets for row in data.inputs]
     used = np.union1d(np.concatenate(used), sets[0].tokenizer.pad_token_id)
-    place = torch.full((len(whole),), len(whole))  # not used: an error, not a wrong row
+    place = torch.full((len(table.weight),), len(used))  # not used: an error, not a wrong row
     place[used] = torch.arange(len(used))
     place = place.to(model.device)
-    table.weight, table.padding_idx = torch.nn.Parameter(table.weight.detach()[used]), None
+    small = torch.nn.Embedding.from_pretrained(table.weight.detach()[used], freeze=False)
     # Translated in the table, not in the batch: RoBERTa tells positions by which ids are padding.
-    hook = table.register_forward_pre_hook(lambda _, ids: place[ids[0]])
+    small.register_forward_pre_hook(lambda _, ids: place[ids[0]])
+    model.set_input_embeddings(small)
+    table.cpu()
 
     def restore():
-        hook.remove()
-        whole[used] = table.weight.detach().cpu()
-        table.weight, table.padding_idx = torch.nn.Parameter(whole.to(model.device)), padding
+        table.weight.data[used] = small.weight.detach().cpu()
+        model.set_input_embeddings(table.to(model.device))
     return restore
 
 
@@ -768,8 +764,8 @@ def check(parser, argv):
     cfg.device = cfg.device or str(torch.accelerator.current_accelerator(True) or "cpu")
     with refusing(f"--device {cfg.device}: cannot be used", "give cuda or cpu"):
         torch.empty(1, device=cfg.device)
-    bf16 = "cuda" in cfg.device and torch.cuda.is_bf16_supported(including_emulation=False)
-    cfg.amp = cfg.amp or ("bf16" if bf16 else "fp16" if "cuda" in cfg.device else "off")
+    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cfg.amp = cfg.amp or (half if "cuda" in cfg.device else "off")
     cfg.metric = cfg.metric or ("macro-f1" if cfg.task == "hsd" else "accuracy")
     return cfg
 
