@@ -67,8 +67,7 @@ def read_tests(cfg, training=None):
         require(kind in KINDS and path, f"--test {kind}: write id=FILE, ood=.. or adversarial=..")
         wanted.append((kind, Path(path).stem, path))
     tests, lines, known, classes = {}, [], set(training.texts), len(training.names)
-    non_names = [f"non-{name}" for name in training.names]
-    like = training._replace(names=[*training.names, *non_names])
+    like = training._replace(names=training.names + [f"non-{name}" for name in training.names])
     for kind, name, source in wanted:
         require(name not in [other for _, other in tests],
                 f"--test {source}: another set is called {name} too; rename the file")
@@ -91,8 +90,7 @@ def score(name, folder, cfg, tests=None):
     training = Examples([], None, [SHORT.get(label, label) for label in classes])
     tests, answers = tests or read_tests(cfg, training)[0], {}
     for (kind, test), examples in tests.items():
-        data = encode(model, tokenizer, examples, cfg)
-        predicted = predict(model, data, cfg).argmax(1)
+        predicted = predict(model, encode(model, tokenizer, examples, cfg), cfg).argmax(1)
         if (non_x := examples.labels.max()) >= len(classes):  # any class but X becomes non-X
             predicted[predicted != non_x - len(classes)] = non_x
         answers[f"{name}/{kind}/{test}"] = np.stack([predicted, examples.labels])
@@ -103,9 +101,8 @@ def score(name, folder, cfg, tests=None):
 
 def score_classifiers(args):
     """Score saved classifiers; returns them as if they were the methods of one run."""
-    options = ["--task", args.task] if args.task else []
-    options += ["--data", args.data] if args.data else []
-    options += ["--test", *args.test] if args.test else []
+    chosen = {"--task": args.task, "--data": args.data, "--test": args.test}
+    options = [word for name, value in chosen.items() if value for word in (name, *np.ravel(value))]
     cfg, answers = settings(["--main", args.names[0], "--methods", "erm", *options]), {}
     for name in args.names:
         answers |= score(name, name, cfg)
@@ -145,9 +142,9 @@ def write_card(folder, run, results):
     cost = f", {run['cost'][name]:.2f} of ERM's cost" if name in run["cost"] else ""
     (folder / "README.md").write_text("\n".join([
         f"# {phase['model']}, fine-tuned on {cfg['train'] or cfg['task']} ({name})", "",
-        "Trained with FTFT in one file (Du, Gatt and Nguyen, arXiv 2310.06588): "
-        f"{phase['steps']:,} steps on {phase['examples']:,} examples, learning rate {phase['lr']}, "
-        f"seed {cfg['seed']}{cost}.", "",
+        f"Trained with FTFT in one file (Du, Gatt, Nguyen; arXiv 2310.06588): {phase['steps']:,} "
+        f"steps, {phase['examples']:,} examples, learning rate {phase['lr']}, seed {cfg['seed']}"
+        f"{cost}.", "",
         "| kind | set | accuracy | macro-F1 | n |", "|---|---|---|---|---|", *scores, "",
         "Made by:", "", "    python ftft.py " + " ".join(flags), ""]))
 
@@ -205,11 +202,8 @@ def summary(scores):
 
 
 def compare(runs, against):
-    """What is known of runs {folder: (run.json, answers)}, as --json prints it.
-
-    Intervals of a run are over examples; those of a method's difference to `against`, over
-    examples and runs: too narrow for few runs.
-    """
+    """What is known of runs {folder: (run.json, answers)}, as --json prints it. Intervals of a run
+    are over examples; those of a difference, over examples and runs: too narrow for few runs."""
     infos = [run for run, _ in runs.values()]
     spent = {}
     for method in sorted(infos[0]["phases"], key=[*METHODS].index):
@@ -375,8 +369,7 @@ def main(argv=None):
         lines = [f"{found['metric']} in %, [95% interval], mean ± standard deviation over runs",
                  "cost relative to ERM, the reference's included; examples and seconds: without it"]
         rows = table(found)
-        if all(run["config"]["task"] == "built-in" and "ftft" in run["cost"]
-               for run, _ in runs.values()):
+        if all(r["config"]["task"] == "built-in" and "ftft" in r["cost"] for r, _ in runs.values()):
             lines.append(planted_line(runs))
     text = "\n".join(["", *lines, "", lay_out(rows, args.markdown)])
     print(json.dumps(found, indent=1) if args.json else text)

@@ -61,7 +61,8 @@ MODELS = {
     **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
     **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")},
     "bert-tiny": "prajjwal1/bert-tiny"}
-# Two models of random weights, 2 layers x 64 and 4 x 128: they need higher rates than 2e-5.
+# Two models of random weights, (layers, width), which need higher learning rates.
+BUILT_IN_MODELS = {"built-in-2x64": (2, 64), "built-in-4x128": (4, 128)}
 BUILT_IN = {"task": "built-in", "ref": "built-in-2x64", "main": "built-in-4x128",
             "methods": ["ftft", "erm", "random"], "lr": 5e-4, "ref_lr": 1e-3}
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -172,10 +173,9 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "dev": []}
     done, best = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
-    not_finite, order, began = torch.zeros((), device=device), None, time.perf_counter()
+    broken, order, began = torch.zeros((), device=device), None, time.perf_counter()
     bar = tqdm.tqdm(desc=name, total=steps, initial=done["steps"], unit="example", leave=False,
                     unit_scale=cfg.batch_size, disable=True if rank else None)  # None: no terminal
-
     for step in range(done["steps"], steps):
         if METHODS[name].stops and since_best(done["dev"], warmup) >= cfg.patience:
             break  # asked here, since a run may be resumed just after its last evaluation
@@ -206,37 +206,37 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
             # dataset cartography and the authors' code. Nothing is copied to the host.
             if dynamics is not None and weight:
                 dynamics[epoch, piece] = logits.detach()
-            not_finite += ~logits.isfinite().all()
+            broken += ~logits.isfinite().all()
 
         # Update. The rate rises from zero over the warm-up, then falls to zero over the budget.
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / warmup, (steps - step) / max(1, steps - warmup))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        not_finite += ~norm.isfinite() & (not scaler.is_enabled())
+        broken += ~norm.isfinite() & (not scaler.is_enabled())
         scaler.step(optimizer)  # leaves out a step whose fp16 gradients overflowed
         scaler.update()
         optimizer.zero_grad()
-        done["steps"] += 1
+        done["steps"] = after = step + 1
         done["examples"] += len(batch)
         done["tokens"] += int(data.lengths[batch].sum())
         bar.update()
-        if step % 50 == 0 or done["steps"] in points:  # only now does the host wait for the device
+        if step % 50 == 0 or after in points:  # only now does the host wait for the device
             loss = over_ranks(loss, dist.ReduceOp.SUM).item() / world
-            bar.set_postfix(step=done["steps"], loss=f"{loss:.3f}")
-        if done["steps"] not in points:
+            bar.set_postfix(step=after, loss=f"{loss:.3f}")
+        if after not in points:
             continue
 
         # Evaluate, keep the best (and stop early, above).
-        require(not over_ranks(not_finite).item() and scaler.get_scale() > 1e-3,
-                f"{name}: logits or gradients overflowed or diverged before step {done['steps']}; "
-                "start anew with a lower learning rate, or with --amp off")
+        require(not over_ranks(broken).item() and scaler.get_scale() > 1e-3, f"{name}: overflow or "
+                f"divergence by step {after}; start anew with a lower learning rate or --amp off")
         done["seconds"] += time.perf_counter() - began
-        report = f"{name}: step {done['steps']:,} of {steps:,}, loss {loss:.3f}"
+        report = f"{name}: step {after:,} of {steps:,}, loss {loss:.3f}"
         if dev:
-            scores = [metrics(predict(model, part, cfg).argmax(1), part.labels) for part in dev]
-            done["dev"].append([done["steps"], np.mean([s[cfg.metric] for s in scores]).item()])
-            report += f", dev {100 * done['dev'][-1][1]:.1f}"
+            score = np.mean([metrics(predict(model, part, cfg).argmax(1), part.labels)[cfg.metric]
+                             for part in dev]).item()
+            done["dev"].append([after, score])
+            report += f", dev {100 * score:.1f}"
             if since_best(done["dev"], warmup) == 0:
                 best = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         say(cfg, report)
@@ -304,7 +304,7 @@ def load(name, device, classes=None):
     """
     names = {"id2label": dict(enumerate(classes or []))}
     names["label2id"] = {label: i for i, label in names["id2label"].items()}
-    if name.startswith("built-in-"):
+    if name in BUILT_IN_MODELS:
         return built_in_model(name, names, device)
     logging.disable(logging.WARNING)  # the libraries' (of new heads, retries): nothing to mend
     transformers.utils.logging.disable_progress_bar()
@@ -645,7 +645,7 @@ def built_in():
 
 def built_in_model(name, names, device):
     """A BERT with random weights, of the size in its name, and a tokenizer of whole words."""
-    layers, width = map(int, name.removeprefix("built-in-").split("x"))
+    layers, width = BUILT_IN_MODELS[name]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     model = transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=len(words), num_hidden_layers=layers, num_attention_heads=width // 32,
@@ -745,7 +745,7 @@ def check(parser, argv):
         cfg = parser.parse_args(argv)
     require(not (cfg.train and (cfg.task or cfg.data)), "--train: leave out --task and --data")
     cfg.task = cfg.task or (None if cfg.train else "nli")
-    require(cfg.task == "built-in" or "built-in" not in f"{cfg.ref} {cfg.main}",
+    require(cfg.task == "built-in" or not {cfg.ref, cfg.main} & {*BUILT_IN_MODELS},
             "the built-in models know the words of the built-in task only; name others")
     cfg.methods = [*dict.fromkeys(["erm"] * ("dm" in cfg.methods) + cfg.methods)]  # dm needs erm
     sources = {METHODS[name].source for name in cfg.methods}
