@@ -18,8 +18,8 @@ The kinds of set, by an item each of the NLI task:
   (ANLI)       hypothesis  a sentence that a person wrote to mislead a trained model
 
 The paper's own numbers for deberta-large on ANLI R1, R2 and R3: ERM 59.90, 45.10 and 42.08; FTFT
-from deberta-small 59.38, 45.80 and 42.38, at 0.52 of the cost. Nothing is averaged across sets. A
-set labelled X / non-X is scored on these two, after the model has chosen among all its classes.
+59.38, 45.80 and 42.38, at 0.52 of the cost. Nothing is averaged across sets. A set labelled X and
+non-X is scored on these two, after the model has chosen among all its classes.
 """
 import argparse
 import functools
@@ -55,8 +55,8 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
 
 
 def read_tests(cfg, training=None):
-    """The test sets of a run, {(kind, name): Examples}, and a line on each; --test replaces the
-    task's. Reads the training set, unless given; of a saved classifier only its classes matter."""
+    """The test sets of a run, {(kind, name): Examples}, and a line on each. `training`: the
+    training set, if it has been read; of a saved classifier only the classes matter."""
     if cfg.task == "built-in":
         sets, _ = built_in()
         return {(kind, kind): sets[kind] for kind in KINDS}, []
@@ -82,9 +82,8 @@ def read_tests(cfg, training=None):
 
 
 def score(name, folder, cfg, tests=None):
-    """What the classifier in `folder` says and, below it, the gold labels, as class numbers:
-    {"NAME/KIND/SET": (2, n)}. Without `tests` its own class names decide: models number them
-    differently."""
+    """{"NAME/KIND/SET": (2, n)}: the predictions of the classifier in `folder` and, below, the gold
+    labels, as class numbers. Without `tests` they are read by the names of its classes."""
     model, tokenizer = load(str(folder), cfg.device)
     classes = [model.config.id2label[i].lower() for i in range(model.config.num_labels)]
     training = Examples([], None, [SHORT.get(label, label) for label in classes])
@@ -154,7 +153,7 @@ def write_card(folder, run, results):
 
 def load_runs(folders):
     """{folder: (run.json, answers)} of runs of one setting; those not yet scored are scored."""
-    runs = {}
+    runs, first = {}, None
     for folder in map(Path, folders):
         with refusing(f"{folder}: is no run", "for a classifier, add --task or --test"):
             run = json.loads((folder / "run.json").read_text())
@@ -163,14 +162,15 @@ def load_runs(folders):
         if not (folder / "results.json").exists():
             score_run(folder, run)
         answers = dict(np.load(folder / "predictions.npz", allow_pickle=False))
-        settled = {**run["config"], "training set": run["fingerprints"], "models": [*run["phases"]],
-                   "test sets": {key: gold.tolist() for key, (_, gold) in answers.items()}}
-        runs[str(folder)] = run, answers, settled
-        first = next(iter(runs.values()))[-1]
-        unlike = [key for key in first if settled[key] != first[key]
+        golds = {key: gold.tolist() for key, (_, gold) in answers.items()}
+        about = {**run["config"], "training set": run["fingerprints"], "test sets": golds,
+                 "models": [*run["phases"]]}
+        first = first or about
+        unlike = [key for key in first if about[key] != first[key]
                   and key not in ("seed", "out", "device", "ref", "dynamics", "resume")]
         require(not unlike, f"{folder}: differs from {folders[0]} in {some(unlike)}; show it alone")
-    return {folder: (run, answers) for folder, (run, answers, _) in runs.items()}
+        runs[str(folder)] = run, answers
+    return runs
 
 
 @functools.lru_cache
@@ -232,7 +232,7 @@ def compare(runs, against):
 
 
 def spread(values, digits=1):
-    """mean ± sample standard deviation, or the value itself where there is one only."""
+    """mean ± sample standard deviation, or the value itself if there is only one."""
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):,.{digits}f}{deviation}"
 
@@ -269,12 +269,6 @@ def planted_line(folders):
     return f"among the kept rows: {', '.join(shares)}"
 
 
-def average_ranks(values):
-    """1 for the smallest; equal values share the mean of their ranks."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (count.cumsum() - (count - 1) / 2)[place]
-
-
 def transfer(folders):
     """Of each two models with dynamics in these runs: the share of the rows kept as ambiguous by
     one that the other keeps, too, what chance gives, and rank correlations over all rows."""
@@ -286,7 +280,7 @@ def transfer(folders):
         logits, labels, _ = load_dynamics(path, run)
         confidence, variability, _ = data_map(logits, labels)
         kept[path] = {*select(variability, fraction).tolist()}
-        ranks[path] = [average_ranks(values) for values in (variability, confidence)]
+        ranks[path] = [values.argsort().argsort() for values in (variability, confidence)]
     pairs = []
     for a, b in itertools.combinations(kept, 2):
         rho = [round(np.corrcoef(x, y)[0, 1], 3) for x, y in zip(ranks[a], ranks[b])]
@@ -299,8 +293,7 @@ def transfer(folders):
 
 
 def draw_data_map(folder, run):
-    """data_map.png: the examples by variability and confidence, in hexagons, each in the colour of
-    its mean correctness and the paler the fewer it holds; red around those with kept rows."""
+    """data_map.png: hexagons of examples; colour: mean correctness; red: some are kept."""
     method = next((m for m in ("ftft", "dm", "hard", "easy") if m in run["cost"]), None)
     if method is None:
         return
@@ -344,10 +337,9 @@ def draw_learning_curves(folder, run):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: require(False, message)
-    add = parser.add_argument
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.error, add = lambda message: require(False, message), parser.add_argument
     add("names", nargs="+", help="folders of runs; or classifiers, with --task or --test")
     add("--task", choices=list(TESTS), help="score classifiers on the test sets of this task")
     add("--data", help="folder with these as their authors release them, instead of the Hub")
@@ -365,7 +357,7 @@ def main(argv=None):
         runs = score_classifiers(args) if args.task or args.test else load_runs(args.names)
         found = compare(runs, args.against)
         known = ["erm", *found["methods"]]
-        require(args.against in known, f"--against {args.against}: is none of {some(known)}")
+        require(args.against in known, f"--against {args.against}: give one of {some(known)}")
         lines = [f"{found['metric']} in %, [95% interval], mean ± standard deviation over runs",
                  "cost relative to ERM, the reference's included; examples and seconds: without it"]
         rows = table(found)

@@ -575,7 +575,6 @@ def test_transfer_gives_overlap_and_rank_correlations(tmp_path, capsys):
     ((_, _, *numbers),) = map(dict.values, json.loads(capsys.readouterr().out))
     # by Spearman's formula, 1 - 6 * (sum of squared differences of ranks, 18 and 20) / (4 * (16 - 1))
     assert numbers == pytest.approx([0.5, 0.5, -0.8, -1])
-    assert measuring.average_ranks([3, 1, 3]).tolist() == [2.5, 1, 2.5]
 
 
 def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
