@@ -311,8 +311,7 @@ def draw_data_map(folder, run):
     frames = axes.hexbin(x[kept], y[kept], **grid)
     frames.set(array=None, facecolor="none", edgecolor="crimson", linewidth=0.5)
     figure.colorbar(colours, label="correctness (share of epochs)")
-    axes.set(xlabel="variability (spread of p(gold) over epochs)",
-             ylabel="confidence (mean of p(gold))",
+    axes.set(xlabel="variability (spread of p(gold))", ylabel="confidence (mean of p(gold))",
              title=f"{len(x):,} examples (paler: fewer), {len(kept):,} kept by {method} (red)")
     figure.savefig(folder / "data_map.png", dpi=150)
 
