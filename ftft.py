@@ -358,15 +358,15 @@ def collate(data, rows, device):
 def batches(rows, lengths, size, seed):
     """One epoch's batches of `size` rows: each row once, among rows of like length.
 
-    Random batches of MultiNLI are 60% padding. So the rows are shuffled, cut into pools, sorted by
-    length within a pool and cut into batches; then the batches are shuffled. Noise in the lengths
-    varies which rows meet.
+    Random batches of MultiNLI are 60% padding. So the shuffled rows are cut into pools. Each pool
+    is sorted by length, with some noise to vary which rows meet, and cut into batches.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     key = lengths * (1 + 0.05 * torch.rand(len(lengths), generator=generator))
-    cut = [batch for pool in rows.split(100 * size)
-           for batch in pool[key[pool].argsort()].split(size)]
+    cut = []
+    for pool in rows.split(100 * size):
+        cut += pool[key[pool].argsort()].split(size)
     return [cut[i] for i in torch.randperm(len(cut), generator=generator)]
 
 
@@ -389,8 +389,8 @@ def metrics(predicted, gold):
     classes = np.union1d(predicted, gold)[:, None]
     said, true = predicted == classes, gold == classes  # (classes, n)
     f1 = 2 * (said & true).sum(1) / (said.sum(1) + true.sum(1))  # (classes,)
-    return {"accuracy": float((predicted == gold).mean()), "macro-f1": float(f1.mean()),
-            "n": len(gold)}
+    accuracy = (predicted == gold).mean()
+    return {"accuracy": float(accuracy), "macro-f1": float(f1.mean()), "n": len(gold)}
 
 
 def backbone_size(model):
@@ -486,11 +486,13 @@ def open_run(cfg, training, dev):
     if cfg.resume:
         saved = json.loads(Path(cfg.out, "run.json").read_text())
         require(all(saved[key] == run[key] for key in ("fingerprints", "processes")),
-                f"--resume: restore the run's data, and start {saved['processes']} processes")
+                f"--resume: the data or the number of processes ({saved['processes']}) has changed "
+                "since; restore it")
         return saved
     n = len(training.labels)
-    require(round(cfg.fraction * n) >= cfg.batch_size or cfg.methods == ["erm"],
-            f"--fraction {cfg.fraction}: keeps less than a batch of {n} rows; raise it")
+    all_rows = {METHODS[name].keep for name in cfg.methods} == {"all"}
+    require(all_rows or round(cfg.fraction * n) >= cfg.batch_size,
+            f"--fraction {cfg.fraction} of {n:,} rows: is less than a batch; raise it")
     if cfg.dynamics:
         load_dynamics(cfg.dynamics, run)
     for name in filter(None, (cfg.ref, cfg.main)):  # better to miss a model now than after days
@@ -673,8 +675,8 @@ def compute_less(model):
 
 
 def nearest_positions(attention, args, kwargs):
-    """DeBERTa multiplies each token with the embeddings of all relative positions, -span to
-    span - 1. Among n tokens only the nearest n on each side occur."""
+    """Give DeBERTa's attention only those relative positions that occur: of the 2 * span in the
+    table, n tokens have the nearest n on each side."""
     table = kwargs["rel_embeddings"]  # (2 * span, hidden)
     span = len(table) // 2
     attention.pos_ebd_size = width = min(args[0].shape[1], span)
