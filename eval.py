@@ -74,7 +74,7 @@ def read_tests(cfg, training=None):
         examples = tests[kind, name] = read(source, like)
         non_x = examples.labels.max().item()  # perhaps X / non-X, as in HANS: X's number + classes
         require(non_x < classes or {*examples.labels.tolist()} <= {non_x - classes, non_x},
-                f"{source}: its labels must be the training set's, or X and {like.names[non_x]}")
+                f"{source}: its labels must be the training set's, or X and non-X for one X")
         twins = [row for row, text in enumerate(examples.texts) if text in known]
         lines.append(f"{kind} {name}: {len(examples.texts):,} rows" + (
             f"; {len(twins)} are also training rows, such as {twins[:5]}" if twins else ""))
@@ -110,7 +110,7 @@ def score_classifiers(args):
 
 def score_run(folder, run):
     """Score each model of a run on each test set; write that, then model cards and figures."""
-    here = run["config"]["device"] if torch.cuda.is_available() else "cpu"  # trained elsewhere?
+    here = run["config"]["device"] if torch.cuda.is_available() else "cpu"  # no GPU here
     cfg = argparse.Namespace(**run["config"] | {"out": str(folder), "device": here})
     training = load_task(cfg)[0]
     require(fingerprint(training) == run["fingerprints"][0], f"{folder}: restore its training set")
@@ -167,7 +167,7 @@ def load_runs(folders):
                  "models": [*run["phases"]]}
         first = first or about
         unlike = [key for key in first if about[key] != first[key]
-                  and key not in ("seed", "out", "device", "ref", "dynamics", "resume")]
+                  and key not in ("seed", "out", "device", "dynamics", "resume")]
         require(not unlike, f"{folder}: differs from {folders[0]} in {some(unlike)}; show it alone")
         runs[str(folder)] = run, answers
     return runs
@@ -219,7 +219,7 @@ def compare(runs, against):
             found["sets"][test] = {"kind": kind, "n": pair.shape[1]}
             scores.setdefault((method, test), []).append(bootstrap(*pair, found["metric"]))
     picked = np.random.default_rng(0).integers(len(runs), size=(len(runs), len(resamples(1))))
-    picked[:, 0] = range(len(runs))  # each resample is of some runs, the data itself of each once
+    picked[:, 0] = range(len(runs))  # each draw picks runs with replacement; the first: each once
     for (method, test), own in scores.items():
         found["methods"].setdefault(method, {})[test] = summary(np.stack(own))
         for folder, one in zip(runs, own) if len(runs) > 1 else ():
@@ -355,8 +355,8 @@ def main(argv=None):
     else:
         runs = score_classifiers(args) if args.task or args.test else load_runs(args.names)
         found = compare(runs, args.against)
-        known = ["erm", *found["methods"]]
-        require(args.against in known, f"--against {args.against}: give one of {some(known)}")
+        known = [*found["methods"]]
+        require(args.against in ("erm", *known), f"--against: give one of {some(known)}")
         lines = [f"{found['metric']} in %, [95% interval], mean ± standard deviation over runs",
                  "cost relative to ERM, the reference's included; examples and seconds: without it"]
         rows = table(found)

@@ -6,7 +6,7 @@ changing their mind about, and a much smaller model can find these examples. Thi
 Gatt and Nguyen, arXiv 2310.06588), in four steps:
 
   1. Fine-tune a small reference model on all n training examples, and log its training dynamics:
-     `dynamics` (epochs, n, classes) holds the logits of every example in every epoch.
+     `dynamics` (epochs, n, classes) holds each example's logits, as it is trained on, per epoch.
   2. Draw the data map: `confidence` and `variability` (n,) are the mean and the standard
      deviation of p(gold), the probability of the correct class, over the epochs.
   3. Keep `rows` (k,), the third of the examples with the highest variability.
@@ -79,7 +79,7 @@ def settings(argv=None):
     add("--methods", nargs="+", choices=[*METHODS][1:], default=["ftft"], metavar="METHOD",
         help="models to train: ftft (default), erm, erm-es, random, easy, hard, dm")
     add("--fraction", type=float, default=0.33, help="share of the rows to keep (default: 0.33)")
-    add("--skip-epochs", type=int, default=0, help="leave the first N out of the data map")
+    add("--skip-epochs", type=int, default=0, help="leave the first N epochs out of the data map")
 
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=["nli", "hsd", "built-in"], help="nli: MultiNLI (default); hsd: CAD")
@@ -87,18 +87,19 @@ def settings(argv=None):
     add("--train", metavar="FILE", help="your data: .jsonl, .csv, .tsv or owner/name:split (Hub)")
     add("--dev", nargs="+", default=[], metavar="FILE", help="sets for early stopping")
     add("--test", nargs="+", default=[], metavar="FILE", help="id=FILE, ood=.., adversarial=..")
-    add("--limit", type=int, help="read this many training rows only")
+    add("--limit", type=int, help="read this many training rows, unlabelled ones included")
     add("--metric", choices=["accuracy", "macro-f1"], help="default: macro-f1 for hsd only")
     add("--out", metavar="DIR", help="new folder for the run (default: runs/TASK-1, -2, ..)")
     add("--resume", metavar="DIR", help="continue the run in this folder, with its own settings")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=4, help="of the reference and of erm (default: 4)")
-    add("--steps", type=int, help="of other methods (default: erm's; a third without dev sets)")
+    add("--steps", type=int,
+        help="of the other methods (default: as many as erm; a third of that without dev sets)")
     add("--patience", type=int, default=2,
         help="stop after this many evaluations, of 12, without a new best score (default: 2)")
     add("--batch-size", type=int, default=32, help="rows in a step (default: 32)")
-    add("--lr", type=float, help="of main models (default: 2e-5; large models 1e-5)")
+    add("--lr", type=float, help="of main models (default: 2e-5; above 200M parameters 1e-5)")
     add("--ref-lr", type=float, default=2e-5, help="of the reference (default: 2e-5)")
     add("--max-length", type=int, default=300, help="in tokens (default: 300)")
     add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows")
@@ -162,10 +163,10 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     a tensor (epochs, n, classes) in which to log the logits. Returns a dictionary of what was
     done: steps, examples, tokens, seconds, and the dev scores [[step, score], ..].
     """
-    (rank, world), device = ranks(), model.device
+    (rank, world), device = ranks(), model.device  # this process's number, and how many there are
     seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es is to be ERM, cut short
     warmup, epoch_steps = max(1, round(0.1 * steps)), math.ceil(len(rows) / cfg.batch_size)
-    points = {math.ceil(steps * i / 12) for i in range(1, 13)}
+    points = {math.ceil(steps * i / 12) for i in range(1, 13)}  # steps to evaluate and save after
     net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(
         model, find_unused_parameters=True, forward_sync_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-6, weight_decay=0.0, fused=True)
@@ -175,7 +176,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     done, best = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
     broken, order, began = torch.zeros((), device=device), None, time.perf_counter()
     bar = tqdm.tqdm(desc=name, total=steps, initial=done["steps"], unit="example", leave=False,
-                    unit_scale=cfg.batch_size, disable=True if rank else None)  # None: no terminal
+                    unit_scale=cfg.batch_size, disable=True if rank else None)  # None: not in files
     for step in range(done["steps"], steps):
         if METHODS[name].stops and since_best(done["dev"], warmup) >= cfg.patience:
             break  # asked here, since a run may be resumed just after its last evaluation
@@ -194,7 +195,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
             mine, weight = batch[:1], 0.0
         pieces = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum))
         for piece in pieces:
-            net.require_backward_grad_sync = piece is pieces[-1]  # DDP adds up once
+            net.require_backward_grad_sync = piece is pieces[-1]  # DDP: exchange once
             with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
                 logits = net(**collate(data, piece, device)).logits.float()  # (piece, classes)
             labels = data.labels[piece].to(device)
@@ -227,7 +228,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         if after not in points:
             continue
 
-        # Evaluate, keep the best (and stop early, above).
+        # Evaluate, keep the best (and stop early, above). A tiny scale: every fp16 step overflows.
         require(not over_ranks(broken).item() and scaler.get_scale() > 1e-3, f"{name}: overflow or "
                 f"divergence by step {after}; start anew with a lower learning rate or --amp off")
         done["seconds"] += time.perf_counter() - began
@@ -259,7 +260,7 @@ def main(cfg):
     training, dev = load_task(cfg)
     run = open_run(cfg, training, dev)
     everything = torch.arange(len(training.labels))
-    folders = {"ref": cfg.dynamics or f"{cfg.out}/ref", "erm": f"{cfg.out}/erm"}  # with dynamics
+    folders = {"ref": cfg.dynamics or f"{cfg.out}/ref", "erm": f"{cfg.out}/erm"}  # have dynamics
 
     # Step 1. Fine-tune the small reference model on everything, and log its training dynamics.
     if not cfg.dynamics and "ref" in {METHODS[name].source for name in cfg.methods}:
@@ -277,7 +278,8 @@ def main(cfg):
             confidence, variability, _ = data_map(dynamics, labels)
             # Step 3. Keep the rows that the method favours: ftft those whose p(gold) swings most.
             score = {"ambiguous": variability, "hard": -confidence, "easy": confidence}[keep]
-            rows, hardest = select(score, cfg.fraction), select(-confidence, cfg.fraction)
+            rows = select(score, cfg.fraction)
+            hardest = select(-confidence, cfg.fraction)  # only to report the overlap
         if keep != "all":
             record_selection(name, rows, hardest, training, cfg)
         # Step 4. Fine-tune the large main model on those rows only (erm: on all).
@@ -384,7 +386,7 @@ def predict(model, data, cfg):
 
 
 def metrics(predicted, gold):
-    """Accuracy, macro-F1 (mean over the classes in either) and n, from class numbers (n,)."""
+    """Accuracy, macro-F1 (mean over the classes that occur) and n, from class numbers (n,)."""
     predicted, gold = np.asarray(predicted), np.asarray(gold)
     classes = np.union1d(predicted, gold)[:, None]
     said, true = predicted == classes, gold == classes  # (classes, n)
@@ -426,8 +428,8 @@ def fine_tune(name, rows, training, dev, cfg, run):
         dynamics = torch.full((cfg.epochs, n, len(training.names)), -math.inf, device=cfg.device)
     compute_less(model)
     restore = compact_embeddings(model, [data, *dev])
-    with refusing(f"{name}: out of memory", "start anew with --grad-accum 2 (and --dynamics, if "
-                  "the reference is done)", torch.OutOfMemoryError):
+    remedy = f"start anew with --grad-accum {2 * cfg.grad_accum}, and --dynamics if ref is done"
+    with refusing(f"{name}: out of memory", remedy, torch.OutOfMemoryError):
         done = train(name, model, data, dev, rows, steps, lr, cfg, dynamics)
     restore()
     # A parameter costs a token two operations forward and four backward.
@@ -453,7 +455,7 @@ def load_dynamics(folder, run):
           np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
         logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
         flops, known = int(saved["flops"]), str(saved["fingerprint"])
-    require(known == run["fingerprints"][0], f"{folder}: is of another training set; give its rows")
+    require(known == run["fingerprints"][0], f"{folder}: is of another training set")
     logits = logits[run["config"]["skip_epochs"]:]
     require(len(logits) > 1, f"{folder}: --skip-epochs leaves fewer than two epochs; lower it")
     return logits, labels, flops
@@ -492,7 +494,7 @@ def open_run(cfg, training, dev):
     n = len(training.labels)
     all_rows = {METHODS[name].keep for name in cfg.methods} == {"all"}
     require(all_rows or round(cfg.fraction * n) >= cfg.batch_size,
-            f"--fraction {cfg.fraction} of {n:,} rows: is less than a batch; raise it")
+            f"--fraction {cfg.fraction} of {n:,} rows: is less than a batch; lower --batch-size")
     if cfg.dynamics:
         load_dynamics(cfg.dynamics, run)
     for name in filter(None, (cfg.ref, cfg.main)):  # better to miss a model now than after days
@@ -570,8 +572,8 @@ def read(source, like=None, limit=None):
             widths = {len(text) for text in like.texts[:1]} if like else set()
             columns = next((c for c in TEXTS if {*c} <= {*row} and widths <= {len(c)}), None)
             gold = next((name for name in LABELS if name in row), None)
-            require(columns and gold, f"{source}: has no label or no text column (pairs, if the "
-                    "training set has pairs); rename its columns")
+            require(columns and gold, f"{source}: has no label or no text column; use one of "
+                    f"{LABELS} and of {TEXTS} (pairs, if the training set has pairs)")
         text, label = tuple(row.get(name) for name in columns), row.get(gold)
         label = str(label).strip() if isinstance(label, (str, int)) else ""
         require(label and {*map(type, text)} == {str}, f"{where}: {' and '.join(columns)} must be "
@@ -658,7 +660,7 @@ def built_in_model(name, names, device):
 
 # ------------------------------ machinery: fast, exactly
 
-# Work on which no result depends is left out: padding (see `batches`), and the following.
+# Work on which no result depends is left out. (`batches` saves padding, but varies who meets.)
 
 
 def compute_less(model):
@@ -747,6 +749,7 @@ def check(parser, argv):
         cfg = parser.parse_args(argv)
     require(not (cfg.train and (cfg.task or cfg.data)), "--train: leave out --task and --data")
     cfg.task = cfg.task or (None if cfg.train else "nli")
+    require(cfg.task != "hsd" or cfg.data, "--task hsd: is not on the Hub; give --data")
     require(cfg.task == "built-in" or not {cfg.ref, cfg.main} & {*BUILT_IN_MODELS},
             "the built-in models know the words of the built-in task only; name others")
     cfg.methods = [*dict.fromkeys(["erm"] * ("dm" in cfg.methods) + cfg.methods)]  # dm needs erm
