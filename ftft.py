@@ -306,10 +306,10 @@ def load(name, device, classes=None):
     """
     names = {"id2label": dict(enumerate(classes or []))}
     names["label2id"] = {label: i for i, label in names["id2label"].items()}
-    if name in BUILT_IN_MODELS:
-        return built_in_model(name, names, device)
     logging.disable(logging.WARNING)  # the libraries' (of new heads, retries): nothing to mend
     transformers.utils.logging.disable_progress_bar()
+    if name in BUILT_IN_MODELS:
+        return built_in_model(name, names, device)
     with refusing(f"{name}: cannot be loaded on {device}", "give a short name, Hub id or folder"):
         hub, safe = MODELS.get(name, name), {"trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(hub, **safe)
