@@ -510,7 +510,8 @@ def open_run(cfg, training, dev):
         dist.broadcast_object_list(names)
         cfg.out, = names
     write_json(Path(cfg.out, "run.json"), run)
-    say(cfg, f"{cfg.out}: {n:,} training rows")
+    counts = zip(training.labels.bincount().tolist(), training.names)
+    say(cfg, f"{cfg.out}: {n:,} training rows: {some([f'{k:,} {label}' for k, label in counts])}")
     return run
 
 
@@ -572,8 +573,8 @@ def read(source, like=None, limit=None):
             widths = {len(text) for text in like.texts[:1]} if like else set()
             columns = next((c for c in TEXTS if {*c} <= {*row} and widths <= {len(c)}), None)
             gold = next((name for name in LABELS if name in row), None)
-            require(columns and gold, f"{source}: has no label or no text column; use one of "
-                    f"{LABELS} and of {TEXTS} (pairs, if the training set has pairs)")
+            require(columns and gold, f"{source}: has columns {some([*row])}; name them label and "
+                    "text, or label, premise and hypothesis, as in the training set")
         text, label = tuple(row.get(name) for name in columns), row.get(gold)
         label = str(label).strip() if isinstance(label, (str, int)) else ""
         require(label and {*map(type, text)} == {str}, f"{where}: {' and '.join(columns)} must be "

@@ -422,8 +422,8 @@ def test_the_built_in_task_is_what_its_docstring_says():
     sets, planted = ftft.built_in()
     for kind, share in (("train", 0.88), ("id", 0.9), ("ood", 1 / 3), ("adversarial", 0.0)):
         day = ["mtw".index(text[0]) for (text,) in sets[kind].texts]  # monday, tuesday, wednesday
-        right = day == sets[kind].labels.numpy()
-        assert right.mean() == pytest.approx(share, abs=0.03 if share else 0)
+        right = np.mean(day == sets[kind].labels.numpy())
+        assert right == pytest.approx(share, abs=0.03 if share else 0)
     assert planted["shortcut-breaking"].mean() == pytest.approx(0.1, abs=0.01)
     assert planted["mislabelled"].mean() == pytest.approx(0.03, abs=0.01)
 
@@ -494,8 +494,7 @@ def test_scores_on_resamples_equal_metrics_on_repeated_examples(metric):
     draws, scores = measuring.resamples(50), measuring.bootstrap(said, true, metric)
     for times, score in zip(draws[:20], scores):
         repeated = [np.repeat(part, times.astype(int)) for part in (said, true)]
-        assert times.sum() == 50
-        assert score == pytest.approx(100 * ftft.metrics(*repeated)[metric])
+        assert times.sum() == 50 and score == pytest.approx(100 * ftft.metrics(*repeated)[metric])
     assert (draws[0] == 1).all() and draws[1:].std() > 0.9
 
 
@@ -789,9 +788,10 @@ def test_the_readme_gives_the_lines_of_the_sections_of_ftft():
 
 
 def start(argv, *launcher):
-    """`python ftft.py` as a process of its own."""
+    """`python ftft.py` as a process of its own, which heeds SIGINT even in a background job."""
     return subprocess.Popen([sys.executable, *launcher, ftft.__file__, *argv], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_a_run_stopped_again_and_again_goes_on_to_the_same_bytes(task, finished, tmp_path):
@@ -907,13 +907,13 @@ BAD = {  # more arguments or what the training file holds, and what the line mus
     "empty file": ([], "labelled row"),
     "not utf-8": ("--train latin.jsonl", "cannot be read"),
     "a quote that is never closed": ("--train open.csv", "cannot be read"),
-    "no label column": ([{"text": "red"}], "no label or no text column"),
+    "no label column": ([{"text": "red"}], "has columns text; name them label"),
     "a line that is no object": ([ONE, [1]], "line 2"),
     "settings beside those of a run": ("--resume . --seed 0", "give no other"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
     "more fields than columns": ("--train wide.csv", "line 3: has no or too many columns"),
     "one class only": ([ONE] * 40, "one class"),
-    "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "pairs"),
+    "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "as in the t"),
     "a label unknown to training": ("--test id=odd.jsonl", "line 2: other is none of"),
     "a test set without a kind": ("--test odd.jsonl", "id=FILE"),
     "two sets of one name": ("--test id=same.jsonl ood=same.jsonl", "called same"),
