@@ -481,7 +481,7 @@ def record_selection(name, rows, hardest, training, cfg):
 def open_run(cfg, training, dev):
     """Make the run's folder, or read it on --resume. Returns what run.json holds; sets cfg.out."""
     run = {"config": vars(cfg), "processes": ranks()[1],
-           "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets)},
+           "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
            "device": torch.cuda.get_device_name() if "cuda" in cfg.device else cfg.device,
            "fingerprints": [fingerprint(examples) for examples in (training, *dev)],
            "phases": {}, "cost": {}}
@@ -737,8 +737,9 @@ def some(names):
 def check(parser, argv):
     """Parse the command line, refuse what cannot work, fill in what depends on other settings."""
     parser.error = lambda message: require(False, message)
-    cfg, words = parser.parse_args(argv), sys.argv[1:] if argv is None else argv
+    cfg = parser.parse_args(argv)
     if cfg.resume:
+        words = sys.argv[1:] if argv is None else argv
         require(sum(word.startswith("--") for word in words) == 1, "--resume: give no other option")
         with refusing(f"--resume {cfg.resume}: cannot be read", "name the folder of a run"):
             config = json.loads(Path(cfg.resume, "run.json").read_text())["config"]
@@ -753,7 +754,9 @@ def check(parser, argv):
     require(cfg.task != "hsd" or cfg.data, "--task hsd: is not on the Hub; give --data")
     require(cfg.task == "built-in" or not {cfg.ref, cfg.main} & {*BUILT_IN_MODELS},
             "the built-in models know the words of the built-in task only; name others")
-    cfg.methods = [*dict.fromkeys(["erm"] * ("dm" in cfg.methods) + cfg.methods)]  # dm needs erm
+    if "dm" in cfg.methods:  # it needs the dynamics of erm
+        cfg.methods = ["erm", *cfg.methods]
+    cfg.methods = [*dict.fromkeys(cfg.methods)]
     sources = {METHODS[name].source for name in cfg.methods}
     require(not (cfg.ref and cfg.dynamics), "--dynamics replaces --ref; give one of the two")
     require(not cfg.dynamics or "ref" in sources, "--dynamics: none of the --methods needs it")
@@ -765,7 +768,8 @@ def check(parser, argv):
         require(not isinstance(value, (int, float)) or value >= least.get(name, 1),
                 f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}")
     require(cfg.fraction <= 1, f"--fraction {cfg.fraction}: must be at most 1")
-    require(sources <= {None, cfg.dynamics and "ref"} or cfg.epochs > cfg.skip_epochs + 1,
+    reused = {None, "ref"} if cfg.dynamics else {None}
+    require(sources <= reused or cfg.epochs > cfg.skip_epochs + 1,
             f"--epochs {cfg.epochs}: a data map needs two besides those of --skip-epochs")
     cfg.device = cfg.device or str(torch.accelerator.current_accelerator(True) or "cpu")
     with refusing(f"--device {cfg.device}: cannot be used", "give cuda or cpu"):
@@ -796,6 +800,7 @@ def say(cfg, line):
     """Print a line, and add it to log.txt."""
     if ranks()[0] == 0:
         tqdm.tqdm.write(line)
+        sys.stdout.flush()  # a log file is to show it now
         with open(Path(cfg.out, "log.txt"), "a") as log:
             print(line, file=log)
 
