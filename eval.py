@@ -4,7 +4,6 @@
   python eval.py runs/a runs/b runs/c       # several seeds of one setting: mean ± std
   python eval.py MODEL --task nli           # any classifier, a folder or Hub id, on a task's tests
   python eval.py MODEL --test ood=b.csv     # or on sets of your own
-  python eval.py --transfer runs/a runs/b   # do the models agree on which rows to keep?
 
 The kinds of set, by an item each of the NLI task:
 
@@ -34,8 +33,8 @@ import torch
 from matplotlib.figure import Figure
 
 from ftft import (METHODS, SHORT, Examples, built_in, data_map, encode, fingerprint, load,
-                  load_dynamics, load_task, metrics, predict, read, refusing, require, select,
-                  settings, some, write, write_json)
+                  load_dynamics, load_task, metrics, predict, read, refusing, require, settings,
+                  some, write, write_json)
 
 KINDS = {"id": "ID", "ood": "OOD", "adversarial": "adversarial"}
 TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
@@ -49,6 +48,15 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
     "hsd": [("id", "cad_dev", None, "cad/cad_uid.dev"),
             *[("adversarial", f"dynahate_r{r}_{form}", None, f"dynahate/r{r}_{form}.test")
               for r in (2, 3, 4) for form in ("original", "perturbation")]]}
+COLUMNS = {  # of the table on training: digits, and what it says
+    "cost": (2, "of training, relative to ERM, the reference's included"),
+    "examples": (0, "trained on, without the reference's"),
+    "seconds": (0, "of training, without the reference's"),
+    "dev": (1, "best dev score in % (here and below, scores within the warm-up do not count)"),
+    "reached": (2, "share of ERM's steps at which it first scored as high as ERM's best; -: never"),
+    "ERM then": (1, "ERM's best dev score at no more than this cost"),
+    "hardest": (1, "share of its rows, in %, that are among the hardest as well"),
+    "again": (1, "share of its rows, in %, that it keeps in another run, too")}
 
 
 # ------------------------------ scoring
@@ -117,12 +125,13 @@ def score_run(folder, run):
     tests, lines = read_tests(cfg, training)
     print(*lines, sep="\n", file=sys.stderr)
     answers, results = {}, {}
-    for method in sorted(run["phases"], key=[*METHODS].index):
+    for method in run["phases"]:
         answers |= score(method, folder / method, cfg, tests)
         results[method] = {kind: {test: metrics(*answers[f"{method}/{kind}/{test}"])
                                   for k, test in tests if k == kind} for kind in KINDS}
         write_card(folder / method, run, results[method])
-    write(folder / "predictions.npz", lambda partial: np.savez(open(partial, "wb"), **answers))
+    write(folder / "predictions.npz",
+          lambda partial: np.savez_compressed(open(partial, "wb"), **answers))
     write_json(folder / "results.json", results)
     for draw in (draw_data_map, draw_learning_curves):  # last: the scores are worth more
         try:
@@ -132,20 +141,17 @@ def score_run(folder, run):
 
 
 def write_card(folder, run, results):
-    """README.md of a saved model: what it is, what it cost, how it scores and how it was made."""
-    cfg, phase, name = run["config"], run["phases"][folder.name], folder.name
+    """README.md of a saved model: what it is, how it was made and how it scores."""
+    cfg, model = run["config"], run["phases"][folder.name]["model"]
     scores = [f"| {KINDS[kind]} | {test} | {100 * r['accuracy']:.2f} | {100 * r['macro-f1']:.2f} | "
               f"{r['n']} |" for kind, tests in results.items() for test, r in tests.items()]
     flags = [shlex.join([f"--{key.replace('_', '-')}", *map(str, np.ravel(value))])
              for key, value in cfg.items() if value not in (None, [])]
-    cost = f", {run['cost'][name]:.2f} of ERM's cost" if name in run["cost"] else ""
     (folder / "README.md").write_text("\n".join([
-        f"# {phase['model']}, fine-tuned on {cfg['train'] or cfg['task']} ({name})", "",
-        f"Trained with FTFT in one file (Du, Gatt, Nguyen; arXiv 2310.06588): {phase['steps']:,} "
-        f"steps, {phase['examples']:,} examples, learning rate {phase['lr']}, seed {cfg['seed']}"
-        f"{cost}.", "",
-        "| kind | set | accuracy | macro-F1 | n |", "|---|---|---|---|---|", *scores, "",
-        "Made by:", "", "    python ftft.py " + " ".join(flags), ""]))
+        f"# {model}, fine-tuned on {cfg['train'] or cfg['task']} ({folder.name})", "",
+        "Trained with FTFT in one file (Du, Gatt, Nguyen; arXiv 2310.06588) by:", "",
+        "    python ftft.py " + " ".join(flags), "",
+        "| kind | set | accuracy | macro-F1 | n |", "|---|---|---|---|---|", *scores, ""]))
 
 
 # ------------------------------ the tables
@@ -161,6 +167,8 @@ def load_runs(folders):
                 f"{folder}: did not finish; continue it: python ftft.py --resume {folder}")
         if not (folder / "results.json").exists():
             score_run(folder, run)
+        selected = folder / "selected.json"
+        run["selected"] = json.loads(selected.read_text()) if selected.exists() else {}
         answers = dict(np.load(folder / "predictions.npz", allow_pickle=False))
         golds = {key: gold.tolist() for key, (_, gold) in answers.items()}
         about = {**run["config"], "training set": run["fingerprints"], "test sets": golds,
@@ -205,13 +213,16 @@ def compare(runs, against):
     """What is known of runs {folder: (run.json, answers)}, as --json prints it. Intervals of a run
     are over examples; those of a difference, over examples and runs: too narrow for few runs."""
     infos = [run for run, _ in runs.values()]
-    spent = {}
-    for method in sorted(infos[0]["phases"], key=[*METHODS].index):
-        phases = [run["phases"][method] for run in infos]
-        spent[method] = {"cost": [run["cost"][method] for run in infos if method in run["cost"]],
-                         **{key: [p[key] for p in phases] for key in ("examples", "seconds")}}
     found = {"metric": infos[0]["config"]["metric"], "sets": {}, "runs": {}, "differences": {},
-             "methods": {method: {} for method in spent}, "spent": spent}
+             "methods": {}, "training": {}}
+    for method in infos[0]["phases"]:
+        told = [about_training(method, run) for run in infos]
+        found["methods"][method] = {}
+        found["training"][method] = {key: [one[key] for one in told] for key in told[0]}
+        if method in infos[0]["selected"] and len(infos) > 1:
+            rows = [run["selected"][method]["rows"] for run in infos]
+            found["training"][method]["again"] = [
+                100 * np.isin(a, b).mean() for a, b in itertools.combinations(rows, 2)]
     scores = {}  # of a method on a set: (runs, 1 + draws)
     for _, answers in runs.values():
         for key, pair in answers.items():
@@ -231,24 +242,49 @@ def compare(runs, against):
     return found
 
 
+def about_training(method, run):
+    """{column: number or None} of a phase: what COLUMNS explains, and the share of each class."""
+    phase, erm, cost = run["phases"][method], run["phases"].get("erm"), run["cost"].get(method)
+    told = {"cost": cost, "examples": phase["examples"], "seconds": phase["seconds"]}
+    if erm and erm["dev"]:
+        own, its = ([(step / erm["budget"], 100 * score) for step, score in one["dev"]
+                     if step > max(1, round(0.1 * one["budget"]))] for one in (phase, erm))
+        goal = max(score for _, score in its)
+        told["dev"] = max((score for _, score in own), default=None)
+        told["reached"] = next((share for share, score in own if score >= goal), None)
+        told["ERM then"] = max((s for share, s in its if share <= (cost or 0)), default=None)
+    if run["selected"]:
+        whole = method not in run["selected"]  # trained on all rows
+        kept = [*run["selected"].values()][0] if whole else run["selected"][method]
+        told |= {label: 100 * shares[whole] for label, shares in kept["classes"].items()}
+        for name, mask in built_in()[1].items() if run["config"]["task"] == "built-in" else ():
+            told[name] = 100 * mask[... if whole else kept["rows"]].mean()
+        told["hardest"] = None if whole or kept["hardest"] is None else 100 * kept["hardest"]
+    return told
+
+
 def spread(values, digits=1):
-    """mean ± sample standard deviation, or the value itself if there is only one."""
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):,.{digits}f}{deviation}"
+    """mean ± sample standard deviation of the values but None, and how many if not all."""
+    known = [value for value in values if value is not None]
+    deviation = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
+    share = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{np.mean(known):,.{digits}f}{deviation}{share}" if known else "-"
 
 
-def table(found):
-    """What `compare` found as rows of cells, a header first: methods, runs, differences."""
-    sets, spent = found["sets"], found["spent"]
-    rows = [["", *(KINDS[test["kind"]] for test in sets.values()), *next(iter(spent.values()), ())],
+def tables(found):
+    """What `compare` found, as rows of cells, a header first: one of scores, one of training."""
+    sets, training = found["sets"], found["training"]
+    rows = [["", *(KINDS[test["kind"]] for test in sets.values())],
             ["", *sets], ["n", *(f"{test['n']:,}" for test in sets.values())]]
-    for part, sign in (("methods", ""), ("runs", ""), ("differences", "+")):
+    for part, sign in (("methods", ""), ("differences", "+"), ("runs", "")):
         for name, scores in found[part].items():
-            cells = [f"{s['score']:{sign}.1f} " + (f"± {s['std']:.1f}" if "std" in s else
-                     f"[{s['low']:{sign}.1f}, {s['high']:{sign}.1f}]") for s in scores.values()]
-            rows.append([name, *cells, *(spread(values, 2 * (key == "cost")) if values else ""
-                                         for key, values in spent.get(name, {}).items())])
-    return rows
+            rows.append([name, *(f"{s['score']:{sign}.1f} " + (
+                f"± {s['std']:.1f}" if "std" in s else
+                f"[{s['low']:{sign}.1f}, {s['high']:{sign}.1f}]") for s in scores.values())])
+    keys = [*dict.fromkeys(key for told in training.values() for key in told)]
+    cells = ([spread(told.get(key, []), COLUMNS.get(key, [1])[0]) for key in keys]
+             for told in training.values())
+    return rows, [["", *keys], *([name, *own] for name, own in zip(training, cells))]
 
 
 def lay_out(rows, markdown):
@@ -258,35 +294,6 @@ def lay_out(rows, markdown):
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
-
-
-def planted_line(folders):
-    """How much of what was planted in the built-in task is among the rows that ftft kept."""
-    kept = [json.loads(Path(folder, "selected.json").read_text())["ftft"]["rows"]
-            for folder in folders]
-    shares = (f"{spread([100 * planted[rows].mean() for rows in kept])}% {name} (training set: "
-              f"{100 * planted.mean():.1f}%)" for name, planted in built_in()[1].items())
-    return f"among the kept rows: {', '.join(shares)}"
-
-
-def transfer(folders):
-    """Of each two models with dynamics in these runs: the share of the rows kept as ambiguous by
-    one that the other keeps, too, what chance gives, and rank correlations over all rows."""
-    paths = sorted({path for folder in folders for path in Path(folder).glob("*/dynamics.npz")})
-    require(len(paths) > 1, f"--transfer {some(folders)}: have fewer than two models with dynamics")
-    run, kept, ranks = json.loads((paths[0].parents[1] / "run.json").read_text()), {}, {}
-    fraction = run["config"]["fraction"]
-    for path in [str(path.parent) for path in paths]:
-        logits, labels, _ = load_dynamics(path, run)
-        confidence, variability, _ = data_map(logits, labels)
-        kept[path] = {*select(variability, fraction).tolist()}
-        ranks[path] = [values.argsort().argsort() for values in (variability, confidence)]
-    pairs = []
-    for a, b in itertools.combinations(kept, 2):
-        rho = [round(np.corrcoef(x, y)[0, 1], 3) for x, y in zip(ranks[a], ranks[b])]
-        pairs.append({"a": a, "b": b, "overlap": round(len(kept[a] & kept[b]) / len(kept[a]), 3),
-                      "chance": fraction, "rho_variability": rho[0], "rho_confidence": rho[1]})
-    return pairs
 
 
 # ------------------------------ figures
@@ -320,7 +327,7 @@ def draw_learning_curves(folder, run):
     """learning_curves.png: dev score against cost, the reference's included; x: stopped early."""
     figure = Figure(layout="constrained")
     axes = figure.subplots()
-    for method in (m for m in METHODS if m in run["cost"] and run["phases"][m]["dev"]):
+    for method in (m for m in run["cost"] if run["phases"][m]["dev"]):
         phase = run["phases"][method]
         steps, scores = np.array(phase["dev"]).T
         # what was spent in the end, less what was still to be trained
@@ -344,26 +351,19 @@ def main(argv=None):
     add("--data", help="folder with these as their authors release them, instead of the Hub")
     add("--test", nargs="+", default=[], help="or on id=FILE, ood=FILE, adversarial=FILE ..")
     add("--against", default="erm", help="compare the others with this method (default: erm)")
-    add("--transfer", action="store_true", help="compare the training dynamics of these runs")
     add("--json", action="store_true", help="print all numbers as JSON")
     add("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args(argv)
-    if args.transfer:
-        found = transfer(args.names)
-        lines = ["overlap of the kept rows, what chance gives, and Spearman's rank correlations"]
-        rows = [[*found[0]], *([*map(str, pair.values())] for pair in found)]
-    else:
-        runs = score_classifiers(args) if args.task or args.test else load_runs(args.names)
-        found = compare(runs, args.against)
-        known = [*found["methods"]]
-        require(args.against in ("erm", *known), f"--against: give one of {some(known)}")
-        lines = [f"{found['metric']} in %, [95% interval], mean ± standard deviation over runs",
-                 "cost relative to ERM, the reference's included; examples and seconds: without it"]
-        rows = table(found)
-        if all(r["config"]["task"] == "built-in" and "ftft" in r["cost"] for r, _ in runs.values()):
-            lines.append(planted_line(runs))
-    text = "\n".join(["", *lines, "", lay_out(rows, args.markdown)])
-    print(json.dumps(found, indent=1) if args.json else text)
+    runs = score_classifiers(args) if args.task or args.test else load_runs(args.names)
+    found = compare(runs, args.against)
+    known = [*found["methods"]]
+    require(args.against in ("erm", *known), f"--against: give one of {some(known)}")
+    scores, training = tables(found)
+    text = [f"{found['metric']} in %, [95% interval], mean ± standard deviation over runs", "",
+            lay_out(scores, args.markdown), "",
+            *(f"{key}: {COLUMNS[key][1]}" for key in training[0] if key in COLUMNS),
+            "others: share of its rows, in %", "", lay_out(training, args.markdown)]
+    print(json.dumps(found, indent=1) if args.json else "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ DEBERTA = dict(relative_attention=True, position_buckets=256, norm_rel_ebd="laye
                type_vocab_size=0)
 WORDS = "red green blue cat dog bird runs sleeps sings here there now never".split()
 NLI = ["contradiction", "entailment", "neutral"]  # label i goes with the word WORDS[i]
-ABOUT = {"config": {"metric": "accuracy"}, "cost": {}, "phases": {}}  # a run.json
+ABOUT = {"config": {"metric": "accuracy"}, "cost": {}, "phases": {}, "selected": {}}
 
 
 def rows(n, seed=0):
@@ -498,29 +498,44 @@ def test_scores_on_resamples_equal_metrics_on_repeated_examples(metric):
     assert (draws[0] == 1).all() and draws[1:].std() > 0.9
 
 
-def test_the_table_gives_mean_and_sample_deviation_over_runs():
-    run = ABOUT | {"cost": {"erm": 1.0}, "phases": {"erm": {"examples": 10, "seconds": 1.0}}}
+def a_run(scores, **more):
+    """run.json of a run whose phases had these dev scores after 10, 20, .. of 120 steps."""
+    return ABOUT | {"phases": {name: {"examples": 10, "seconds": 1.0, "budget": 120, "dev": [
+        [10 * i, score] for i, score in enumerate(curve, 1)]} for name, curve in scores.items()},
+        "cost": {"erm": 1.0, "ftft": 0.35, "random": 0.1}} | more
+
+
+def test_the_tables_give_mean_and_sample_deviation_over_runs():
+    run = a_run({"erm": []})
     runs = {share: (run, {"erm/id/x": answered(20, share)}) for share in (0.5, 0.6, 0.8)}
-    table = measuring.table(measuring.compare(runs, "erm"))
-    assert table[:4] == [["", "ID", "cost", "examples", "seconds"], ["", "x"], ["n", "20"],
-                         ["erm", "63.3 ± 15.3", "1.00 ± 0.00", "10 ± 0", "1 ± 0"]]
-    assert len(table) == 7 and measuring.lay_out(table, True).splitlines()[:3] == [
-        "|  | ID | cost | examples | seconds |", "| --- | --- | --- | --- | --- |", "|  | x |"]
+    scores, training = measuring.tables(measuring.compare(runs, "erm"))
+    assert scores[:4] == [["", "ID"], ["", "x"], ["n", "20"], ["erm", "63.3 ± 15.3"]]
+    assert training == [["", "cost", "examples", "seconds"],
+                        ["erm", "1.00 ± 0.00", "10 ± 0", "1 ± 0"]]
+    assert len(scores) == 7 and measuring.lay_out(scores, True).splitlines()[:3] == [
+        "|  | ID |", "| --- | --- |", "|  | x |"]
 
 
-def test_transfer_gives_overlap_and_rank_correlations(tmp_path, capsys):
-    p_gold = {"a": [[0.1, 0.9], [0.3, 0.9], [0.5, 0.9], [0.7, 0.9]],  # keeps 0, 1
-              "b": [[0.6, 0.8], [0.3, 0.9], [0.3, 0.7], [0.05, 0.75]]}  # keeps 1, 3
-    run = {"fingerprints": ["f"], "config": {"fraction": 0.5, "skip_epochs": 0}}
-    for name, values in p_gold.items():
-        (tmp_path / name / "ref").mkdir(parents=True)
-        (tmp_path / name / "run.json").write_text(json.dumps(run))
-        np.savez(tmp_path / name / "ref" / "dynamics.npz", labels=np.zeros(4, int),
-                 logits=logits_of(values), fingerprint="f", flops=1)
-    measuring.main(["--transfer", str(tmp_path / "a"), str(tmp_path / "b"), "--json"])
-    (pair,) = json.loads(capsys.readouterr().out)
-    # by Spearman's formula, 1 - 6 * (sum of squared differences of ranks, 18, 20) / (4 * (16 - 1))
-    assert list(pair.values())[2:] == pytest.approx([0.5, 0.5, -0.8, -1])
+def test_the_speed_of_learning_is_read_off_the_dev_curves():
+    # The first score of each is within the warm-up and does not count.
+    run = a_run({"erm": [0.9, 0.5, 0.4, 0.6, 0.7, *[0.5] * 7], "random": [0.8, 0.6, 0.5],
+                 "ftft": [0.9, 0.6, 0.75, 0.7, 0.7]})
+    told = measuring.compare({"a": (run, {}), "b": (run, {})}, "erm")["training"]
+    for name, wanted in (("erm", [70, 5 / 12, 70]), ("ftft", [75, 3 / 12, 60]),
+                         ("random", [60, None, None])):
+        found = [told[name][key] for key in ("dev", "reached", "ERM then")]
+        assert found == [[pytest.approx(number)] * 2 for number in wanted]
+
+
+def test_what_is_planted_and_what_runs_agree_on_is_told_of_the_kept_rows():
+    breaking = np.flatnonzero(ftft.built_in()[1]["shortcut-breaking"]).tolist()
+    runs, config = {}, ABOUT["config"] | {"task": "built-in"}
+    for name, rows in ("a", breaking[:8]), ("b", breaking[2:8] + [0, 1]):
+        kept = {"ftft": {"rows": rows, "hardest": None, "classes": {}}}
+        runs[name] = a_run({"erm": [], "ftft": []}, config=config, selected=kept), {}
+    told = measuring.compare(runs, "erm")["training"]
+    assert told["ftft"]["shortcut-breaking"] == [100, 75] and told["ftft"]["again"] == [75]
+    assert told["erm"]["shortcut-breaking"] == pytest.approx([9.8, 9.8], abs=0.1)
 
 
 def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
@@ -528,12 +543,6 @@ def test_test_rows_that_are_in_the_training_set_are_counted_and_named(tmp_path):
     test = write(tmp_path / "test.csv", rows(5, 9) + rows(30)[3:5])
     _, lines = measuring.read_tests(settings("--train", train, "--test", f"ood={test}"))
     assert len(lines) == 1 and "2 are also training rows, such as [5, 6]" in lines[0]
-
-
-def test_the_planted_line_tells_the_share_among_the_kept_rows(tmp_path):
-    breaking = np.flatnonzero(ftft.built_in()[1]["shortcut-breaking"]).tolist()
-    (tmp_path / "selected.json").write_text(json.dumps({"ftft": {"rows": breaking}}))
-    assert "100.0% shortcut-breaking (training set: 9.8%)" in measuring.planted_line([tmp_path])
 
 
 def test_learning_curves_begin_after_the_reference_and_end_at_the_cost(tmp_path, monkeypatch):
@@ -554,7 +563,7 @@ def test_a_run_leaves_what_the_readme_lists_and_its_models_answer_as_scored(fini
     assert {path.name for path in Path(finished.out).iterdir()} == {
         "ref", "ftft", "hard", "easy", "random", "erm", "dm", "run.json", "selected.json",
         "predictions.npz", "results.json", "log.txt", "data_map.png", "learning_curves.png"}
-    command = Path(finished.out, "ftft", "README.md").read_text().split("python ftft.py ")[1]
+    command = re.search("ftft.py (.*)", Path(finished.out, "ftft", "README.md").read_text())[1]
     assert ftft.settings(shlex.split(command)) == finished
     for name, scores in read_json(finished.out, "results.json").items():
         classify = transformers.pipeline("text-classification", f"{finished.out}/{name}", device=-1)
@@ -603,6 +612,7 @@ def test_a_figure_that_fails_costs_no_score(finished, tmp_path, monkeypatch, ref
 
 def test_selected_rows_are_those_of_the_data_map_and_described(finished):
     selected = read_json(finished.out, "selected.json")
+    told = measuring.compare(measuring.load_runs([finished.out]), "erm")["training"]
     labels = [row["label"] for row in rows(48)]
     for method, source in (("ftft", "ref"), ("dm", "erm"), ("hard", "ref"), ("easy", "ref")):
         saved = np.load(Path(finished.out, source, "dynamics.npz"))
@@ -616,6 +626,8 @@ def test_selected_rows_are_those_of_the_data_map_and_described(finished):
         for name, shares in found["classes"].items():
             mine = [labels[row] for row in kept].count(name) / 24
             assert shares == pytest.approx([mine, labels.count(name) / 48], abs=1e-4)
+            shown = told[method][name] + told["erm"][name] + told[method]["hardest"]
+            assert shown == [100 * share for share in (*shares, found["hardest"])]
     chosen = selected["random"]["rows"]
     assert chosen == sorted({*chosen}) and len(chosen) == 24
     assert "among the hardest" in Path(finished.out, "log.txt").read_text()
@@ -840,7 +852,7 @@ def test_two_processes_give_what_one_gives(task, tmp_path, monkeypatch, refused)
     task += ["--ref", steady, "--main", steady, "--limit", "41", "--grad-accum", "2"]
     two = start(task, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     said, _ = two.communicate()
-    assert two.returncode == 0 and said.count("cost relative to ERM") == 1, said
+    assert two.returncode == 0 and said.count("cost: of training") == 1, said
     assert [*map(str, Path("runs").iterdir())] == ["runs/train-1"]  # the processes agree on it
     assert main(task).out == "runs/train-2"
     logits, selected, losses = [], [], []
@@ -922,7 +934,6 @@ BAD = {  # more arguments or what the training file holds, and what the line mus
     "an unknown task": ("--train '' --task qa", "invalid choice: 'qa'"),
     "the built-in task and data": ("--train '' --task built-in", "--task built-in"),
     "own data and a task": ("--task hsd", "--train: leave out --task"),
-    "own data and authors' files": ("--data .", "--train: leave out --task and --data"),
     "a built-in model on other data": ("--main built-in-4x128", "built-in task only"),
     "a reference and another's dynamics": ("--dynamics .", "--dynamics replaces --ref"),
     "dynamics of no use": ("--dynamics . --ref '' --methods random", "none of the --methods"),
