@@ -2,8 +2,7 @@
 
   python eval.py runs/a                     # score the run's models, if not yet done; show a table
   python eval.py runs/a runs/b runs/c       # several seeds of one setting: mean ± std
-  python eval.py MODEL --task nli           # any classifier, a folder or Hub id, on a task's tests
-  python eval.py MODEL --test ood=b.csv     # or on sets of your own
+  python eval.py MODEL --task nli           # any classifier, a folder or Hub id; or --test ood=..
 
 The kinds of set, by an item each of the NLI task:
 
@@ -49,14 +48,14 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
             *[("adversarial", f"dynahate_r{r}_{form}", None, f"dynahate/r{r}_{form}.test")
               for r in (2, 3, 4) for form in ("original", "perturbation")]]}
 COLUMNS = {  # of the table on training: digits, and what it says
-    "cost": (2, "of training, relative to ERM, the reference's included"),
-    "examples": (0, "trained on, without the reference's"),
-    "seconds": (0, "of training, without the reference's"),
-    "dev": (1, "best dev score in % (here and below, scores within the warm-up do not count)"),
-    "reached": (2, "share of ERM's steps at which it first scored as high as ERM's best; -: never"),
+    "cost": (2, "relative to ERM, the reference's included"),
+    "examples": (0, "trained on"),
+    "seconds": (0, "of training (both: without the reference)"),
+    "dev": (1, "best dev score in % (those within the warm-up do not count)"),
+    "reached": (2, "share of ERM's steps at which it first was at ERM's best score; -: never"),
     "ERM then": (1, "ERM's best dev score at no more than this cost"),
-    "hardest": (1, "share of its rows, in %, that are among the hardest as well"),
-    "again": (1, "share of its rows, in %, that it keeps in another run, too")}
+    "hardest": (1, "share of its rows, in %, that are among the hardest, too"),
+    "again": (1, "share of its rows, in %, that it keeps in another run")}
 
 
 # ------------------------------ scoring
@@ -101,8 +100,8 @@ def score(name, folder, cfg, tests=None):
         if (non_x := examples.labels.max()) >= len(classes):  # any class but X becomes non-X
             predicted[predicted != non_x - len(classes)] = non_x
         answers[f"{name}/{kind}/{test}"] = np.stack([predicted, examples.labels])
-        right, n = (predicted == examples.labels).sum(), len(predicted)
-        print(f"{name} on {test}: {right}/{n} = {100 * right / n:.2f}%", file=sys.stderr)
+        right = (predicted == examples.labels).float().mean()
+        print(f"{name} on {test}: {right:.2%} right", file=sys.stderr)
     return answers
 
 
@@ -165,10 +164,10 @@ def load_runs(folders):
             run = json.loads((folder / "run.json").read_text())
         require({*run["config"]["methods"]} <= {*run["cost"]},
                 f"{folder}: did not finish; continue it: python ftft.py --resume {folder}")
-        if not (folder / "results.json").exists():
-            score_run(folder, run)
         selected = folder / "selected.json"
         run["selected"] = json.loads(selected.read_text()) if selected.exists() else {}
+        if not (folder / "results.json").exists():
+            score_run(folder, run)
         answers = dict(np.load(folder / "predictions.npz", allow_pickle=False))
         golds = {key: gold.tolist() for key, (_, gold) in answers.items()}
         about = {**run["config"], "training set": run["fingerprints"], "test sets": golds,
@@ -214,10 +213,9 @@ def compare(runs, against):
     are over examples; those of a difference, over examples and runs: too narrow for few runs."""
     infos = [run for run, _ in runs.values()]
     found = {"metric": infos[0]["config"]["metric"], "sets": {}, "runs": {}, "differences": {},
-             "methods": {}, "training": {}}
+             "methods": {method: {} for method in infos[0]["phases"]}, "training": {}}
     for method in infos[0]["phases"]:
         told = [about_training(method, run) for run in infos]
-        found["methods"][method] = {}
         found["training"][method] = {key: [one[key] for one in told] for key in told[0]}
         if method in infos[0]["selected"] and len(infos) > 1:
             rows = [run["selected"][method]["rows"] for run in infos]
@@ -272,7 +270,7 @@ def spread(values, digits=1):
 
 
 def tables(found):
-    """What `compare` found, as rows of cells, a header first: one of scores, one of training."""
+    """What `compare` found, as rows of cells, headers first: the scores, and the training."""
     sets, training = found["sets"], found["training"]
     rows = [["", *(KINDS[test["kind"]] for test in sets.values())],
             ["", *sets], ["n", *(f"{test['n']:,}" for test in sets.values())]]
@@ -300,46 +298,47 @@ def lay_out(rows, markdown):
 
 
 def draw_data_map(folder, run):
-    """data_map.png: hexagons of examples; colour: mean correctness; red: some are kept."""
+    """data_map.png: the examples; those that one method keeps stand out."""
     method = next((m for m in ("ftft", "dm", "hard", "easy") if m in run["cost"]), None)
     if method is None:
         return
-    source = METHODS[method].source
-    path = source == "ref" and run["config"]["dynamics"] or folder / source
-    logits, labels, _ = load_dynamics(path, run)
+    path = run["config"]["dynamics"] if method != "dm" else None
+    logits, labels, _ = load_dynamics(path or folder / METHODS[method].source, run)
     y, x, correctness = map(np.asarray, data_map(logits, labels))
-    kept = json.loads((folder / "selected.json").read_text())[method]["rows"]
-    figure = Figure(layout="constrained")
+    kept = np.isin(np.arange(len(x)), run["selected"][method]["rows"])
+    figure = Figure((5.5, 4), layout="constrained")
     axes = figure.subplots()
-    grid = dict(gridsize=60, mincnt=1, extent=(0, x.max(), 0, 1))
-    colours = axes.hexbin(x, y, correctness, vmin=0, vmax=1, linewidths=0, **grid)
-    counts = axes.hexbin(x, y, visible=False, **grid).get_array()
-    colours.set_alpha(0.3 + 0.7 * np.log(counts) / np.log(counts.max() + 1))
-    frames = axes.hexbin(x[kept], y[kept], **grid)
-    frames.set(array=None, facecolor="none", edgecolor="crimson", linewidth=0.5)
-    figure.colorbar(colours, label="correctness (share of epochs)")
-    axes.set(xlabel="variability (spread of p(gold))", ylabel="confidence (mean of p(gold))",
-             title=f"{len(x):,} examples (paler: fewer), {len(kept):,} kept by {method} (red)")
-    figure.savefig(folder / "data_map.png", dpi=150)
+    for rows, alpha in ((~kept, 0.3), (kept, 1)):
+        hexagons = axes.hexbin(x[rows], y[rows], correctness[rows], gridsize=50, vmin=0, vmax=1,
+                               extent=(0, x.max(), 0, 1), alpha=alpha, linewidths=0.1)
+    figure.colorbar(hexagons, label="correctness (share of epochs)")
+    axes.set(xlabel="variability: deviation of p(gold)   (right: ambiguous)", ylim=(0, 1),
+             ylabel="confidence: mean of p(gold)   (top: easy)",
+             title=f"{method} keeps {kept.sum():,} of {len(x):,} examples (full colour)")
+    figure.savefig(folder / "data_map.png", dpi=200)
 
 
 def draw_learning_curves(folder, run):
-    """learning_curves.png: dev score against cost, the reference's included; x: stopped early."""
-    figure = Figure(layout="constrained")
+    """learning_curves.png: dev score against cost, the reference's included."""
+    figure = Figure((5.5, 4), layout="constrained")
     axes = figure.subplots()
-    for method in (m for m in run["cost"] if run["phases"][m]["dev"]):
-        phase = run["phases"][method]
-        steps, scores = np.array(phase["dev"]).T
-        # what was spent in the end, less what was still to be trained
+    methods = [method for method in run["cost"] if run["phases"][method]["dev"]]
+    for method, marker in zip(methods, itertools.cycle("osD^vP*")):
+        phase, told = run["phases"][method], about_training(method, run)
+        steps, scores = np.transpose(phase["dev"])
+        # what was spent in the end, less what was yet to train
         own = phase["flops"] / phase["erm_flops"]
         cost = run["cost"][method] + own * (steps / phase["steps"] - 1)
-        curve, = axes.plot(cost, 100 * scores, marker=".", label=method)
+        line, = axes.plot(cost, 100 * scores, marker=marker, markersize=4, label=method,
+                          linewidth=4 if method == "erm" else 1.5)  # under erm-es
         if phase["steps"] < phase["budget"]:
-            axes.plot(cost[-1], 100 * scores[-1], "x", markersize=10, color=curve.get_color())
-    if axes.lines:
-        axes.set(xlabel="cost relative to ERM", ylabel="mean dev score (%)")
-        axes.legend(title="x: stopped early")
-        figure.savefig(folder / "learning_curves.png", dpi=150)
+            axes.plot(cost[-1], 100 * scores[-1], "x", markersize=11, color=line.get_color())
+        if method != "erm" and told.get("ERM then"):
+            axes.vlines(cost[-1], 100 * scores[-1], told["ERM then"], line.get_color(), "dotted")
+    axes.set(xlabel="cost relative to ERM", ylabel="mean dev score (%)")
+    figure.legend(loc="outside right upper", title="x: stopped early\n.. to ERM's best")
+    if methods:
+        figure.savefig(folder / "learning_curves.png", dpi=200)
 
 
 def main(argv=None):
@@ -348,8 +347,8 @@ def main(argv=None):
     parser.error, add = lambda message: require(False, message), parser.add_argument
     add("names", nargs="+", help="folders of runs; or classifiers, with --task or --test")
     add("--task", choices=list(TESTS), help="score classifiers on the test sets of this task")
-    add("--data", help="folder with these as their authors release them, instead of the Hub")
-    add("--test", nargs="+", default=[], help="or on id=FILE, ood=FILE, adversarial=FILE ..")
+    add("--data", help="folder with the files of these, read instead of the Hub")
+    add("--test", nargs="+", default=[], help="or on id=FILE, ood=.., adversarial=..")
     add("--against", default="erm", help="compare the others with this method (default: erm)")
     add("--json", action="store_true", help="print all numbers as JSON")
     add("--markdown", action="store_true", help="print the table as Markdown")
@@ -359,10 +358,11 @@ def main(argv=None):
     known = [*found["methods"]]
     require(args.against in ("erm", *known), f"--against: give one of {some(known)}")
     scores, training = tables(found)
-    text = [f"{found['metric']} in %, [95% interval], mean ± standard deviation over runs", "",
-            lay_out(scores, args.markdown), "",
-            *(f"{key}: {COLUMNS[key][1]}" for key in training[0] if key in COLUMNS),
-            "others: share of its rows, in %", "", lay_out(training, args.markdown)]
+    text = [f"\n{found['metric']} in %, [95% interval], mean ± standard deviation over runs\n",
+            lay_out(scores, args.markdown), ""]
+    if found["training"]:
+        text += [f"{key}: {COLUMNS[key][1]}" for key in training[0] if key in COLUMNS]
+        text += ["others: share of its rows, in %\n", lay_out(training, args.markdown)]
     print(json.dumps(found, indent=1) if args.json else "\n".join(text))
 
 
