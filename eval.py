@@ -55,7 +55,7 @@ COLUMNS = {  # of the table on training: digits, and what it says
     "reached": (2, "share of ERM's steps at which it first was at ERM's best score; -: never"),
     "ERM then": (1, "ERM's best dev score at no more than this cost"),
     "hardest": (1, "share of its rows, in %, that are among the hardest, too"),
-    "again": (1, "share of its rows, in %, that it keeps in another run")}
+    "again": (1, "share of its rows, in %, kept in another run, too")}
 
 
 # ------------------------------ scoring
@@ -336,8 +336,8 @@ def draw_learning_curves(folder, run):
         if method != "erm" and told.get("ERM then"):
             axes.vlines(cost[-1], 100 * scores[-1], told["ERM then"], line.get_color(), "dotted")
     axes.set(xlabel="cost relative to ERM", ylabel="mean dev score (%)")
-    figure.legend(loc="outside right upper", title="x: stopped early\n.. to ERM's best")
     if methods:
+        figure.legend(loc="outside right upper", title="x: stopped early\n.. to ERM's best")
         figure.savefig(folder / "learning_curves.png", dpi=200)
 
 

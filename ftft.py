@@ -82,18 +82,18 @@ def settings(argv=None):
     add("--skip-epochs", type=int, default=0, help="leave the first N epochs out of the data map")
 
     add = parser.add_argument_group("data").add_argument
-    add("--task", choices=["nli", "hsd", "built-in"], help="nli: MultiNLI (default); hsd: CAD")
+    add("--task", choices=["nli", "hsd", "built-in"], help="of the paper: nli (default) or hsd")
     add("--data", metavar="DIR", help="folder with the task's files, read instead of the Hub")
     add("--train", metavar="FILE", help="your data: .jsonl, .csv, .tsv or owner/name:split (Hub)")
-    add("--dev", nargs="+", default=[], metavar="FILE", help="sets for early stopping")
+    add("--dev", nargs="+", default=[], metavar="FILE", help="sets to stop early by")
     add("--test", nargs="+", default=[], metavar="FILE", help="id=FILE, ood=.., adversarial=..")
-    add("--limit", type=int, help="read this many training rows, unlabelled ones included")
-    add("--metric", choices=["accuracy", "macro-f1"], help="default: macro-f1 for hsd only")
+    add("--limit", type=int, help="read only the first N training rows")
+    add("--metric", choices=["accuracy", "macro-f1"], help="default: accuracy; hsd: macro-f1")
     add("--out", metavar="DIR", help="new folder for the run (default: runs/TASK-1, -2, ..)")
     add("--resume", metavar="DIR", help="continue the run in this folder, with its own settings")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=4, help="of the reference and of erm (default: 4)")
+    add("--epochs", type=int, default=4, help="passes of the reference and erm (default: 4)")
     add("--steps", type=int,
         help="of the other methods (default: as many as erm; a third of that without dev sets)")
     add("--patience", type=int, default=2,
@@ -101,7 +101,7 @@ def settings(argv=None):
     add("--batch-size", type=int, default=32, help="rows in a step (default: 32)")
     add("--lr", type=float, help="of main models (default: 2e-5; above 200M parameters 1e-5)")
     add("--ref-lr", type=float, default=2e-5, help="of the reference (default: 2e-5)")
-    add("--max-length", type=int, default=300, help="in tokens (default: 300)")
+    add("--max-length", type=int, default=300, help="cut inputs at N tokens (default: 300)")
     add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows")
 
     add = parser.add_argument_group("machine").add_argument
