@@ -4,7 +4,7 @@
   python eval.py runs/a runs/b runs/c       # several seeds of one setting: mean ± std
   python eval.py MODEL --task nli           # any classifier, a folder or Hub id; or --test ood=..
 
-The kinds of set, by an item each of the NLI task:
+The kinds of set, with an item each of the NLI task:
 
   ID           premise     The new rights are nice enough
   (MultiNLI)   hypothesis  Everyone really likes the newest benefits
@@ -50,11 +50,11 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
 COLUMNS = {  # of the table on training: digits, and what it says
     "cost": (2, "relative to ERM, the reference's included"),
     "examples": (0, "trained on"),
-    "seconds": (0, "of training (both: without the reference)"),
-    "dev": (1, "best dev score in % (those within the warm-up do not count)"),
+    "seconds": (0, "of training, without the reference's"),
+    "dev": (1, "best dev score in % (without those of the warm-up)"),
     "reached": (2, "share of ERM's steps at which it first was at ERM's best score; -: never"),
     "ERM then": (1, "ERM's best dev score at no more than this cost"),
-    "hardest": (1, "share of its rows, in %, that are among the hardest, too"),
+    "hardest": (1, "share of its rows, in %, that are among the hardest too"),
     "again": (1, "share of its rows, in %, kept in another run, too")}
 
 
@@ -247,7 +247,7 @@ def about_training(method, run):
     if erm and erm["dev"]:
         own, its = ([(step / erm["budget"], 100 * score) for step, score in one["dev"]
                      if step > max(1, round(0.1 * one["budget"]))] for one in (phase, erm))
-        goal = max(score for _, score in its)
+        goal = max((score for _, score in its), default=np.inf)
         told["dev"] = max((score for _, score in own), default=None)
         told["reached"] = next((share for share, score in own if score >= goal), None)
         told["ERM then"] = max((s for share, s in its if share <= (cost or 0)), default=None)
@@ -326,7 +326,7 @@ def draw_learning_curves(folder, run):
     for method, marker in zip(methods, itertools.cycle("osD^vP*")):
         phase, told = run["phases"][method], about_training(method, run)
         steps, scores = np.transpose(phase["dev"])
-        # what was spent in the end, less what was yet to train
+        # what was spent in the end, less what was to come
         own = phase["flops"] / phase["erm_flops"]
         cost = run["cost"][method] + own * (steps / phase["steps"] - 1)
         line, = axes.plot(cost, 100 * scores, marker=marker, markersize=4, label=method,

@@ -6,7 +6,7 @@ changing their mind about, and a much smaller model can find these examples. Thi
 Gatt and Nguyen, arXiv 2310.06588), in four steps:
 
   1. Fine-tune a small reference model on all n training examples, and log its training dynamics:
-     `dynamics` (epochs, n, classes) holds each example's logits, as it is trained on, per epoch.
+     `dynamics` (epochs, n, classes) holds each example's logits in each epoch, as it trains.
   2. Draw the data map: `confidence` and `variability` (n,) are the mean and the standard
      deviation of p(gold), the probability of the correct class, over the epochs.
   3. Keep `rows` (k,), the third of the examples with the highest variability.
@@ -44,8 +44,8 @@ import transformers
 # ------------------------------ settings
 
 # A phase trains one model: the reference, or the main model by one of the methods. keep: which rows
-# it trains on; source: the phase whose data map chooses them; stops: it may stop early. Those that
-# may not, the reference and plain fine-tuning (ERM), train for whole epochs and log their dynamics.
+# it trains on; source: the phase whose data map chooses them; stops: it may stop early. The phases
+# that may not, the reference and plain fine-tuning (ERM), log their dynamics.
 Method = collections.namedtuple("Method", "keep source stops")
 METHODS = {"ref": Method("all", None, False),
            "erm": Method("all", None, False),
@@ -61,7 +61,7 @@ MODELS = {
     **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
     **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")},
     "bert-tiny": "prajjwal1/bert-tiny"}
-# Two models of random weights, (layers, width), which need higher learning rates.
+# Two untrained models, (layers, width), which need higher learning rates.
 BUILT_IN_MODELS = {"built-in-2x64": (2, 64), "built-in-4x128": (4, 128)}
 BUILT_IN = {"task": "built-in", "ref": "built-in-2x64", "main": "built-in-4x128",
             "methods": ["ftft", "erm", "random"], "lr": 5e-4, "ref_lr": 1e-3}
@@ -82,10 +82,10 @@ def settings(argv=None):
     add("--skip-epochs", type=int, default=0, help="leave the first N epochs out of the data map")
 
     add = parser.add_argument_group("data").add_argument
-    add("--task", choices=["nli", "hsd", "built-in"], help="of the paper: nli (default) or hsd")
+    add("--task", choices=["nli", "hsd", "built-in"], help="the paper's nli (default) or hsd")
     add("--data", metavar="DIR", help="folder with the task's files, read instead of the Hub")
     add("--train", metavar="FILE", help="your data: .jsonl, .csv, .tsv or owner/name:split (Hub)")
-    add("--dev", nargs="+", default=[], metavar="FILE", help="sets to stop early by")
+    add("--dev", nargs="+", default=[], metavar="FILE", help="sets for early stopping")
     add("--test", nargs="+", default=[], metavar="FILE", help="id=FILE, ood=.., adversarial=..")
     add("--limit", type=int, help="read only the first N training rows")
     add("--metric", choices=["accuracy", "macro-f1"], help="default: accuracy; hsd: macro-f1")
@@ -93,14 +93,14 @@ def settings(argv=None):
     add("--resume", metavar="DIR", help="continue the run in this folder, with its own settings")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=4, help="passes of the reference and erm (default: 4)")
+    add("--epochs", type=int, default=4, help="of the reference and erm (default: 4)")
     add("--steps", type=int,
-        help="of the other methods (default: as many as erm; a third of that without dev sets)")
+        help="steps of other methods (default: as erm; a third of that without dev sets)")
     add("--patience", type=int, default=2,
         help="stop after this many evaluations, of 12, without a new best score (default: 2)")
     add("--batch-size", type=int, default=32, help="rows in a step (default: 32)")
-    add("--lr", type=float, help="of main models (default: 2e-5; above 200M parameters 1e-5)")
-    add("--ref-lr", type=float, default=2e-5, help="of the reference (default: 2e-5)")
+    add("--lr", type=float, help="learning rate of main models (default: 2e-5; over 200M, 1e-5)")
+    add("--ref-lr", type=float, default=2e-5, help="that of the reference (default: 2e-5)")
     add("--max-length", type=int, default=300, help="cut inputs at N tokens (default: 300)")
     add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows")
 
@@ -123,8 +123,7 @@ def data_map(dynamics, labels):
     correctness  share of the epochs in which the gold class had the highest logit
     """
     assert dynamics.isfinite().all(), "an example was not visited in every epoch"
-    gold = labels.expand(len(dynamics), -1)  # (epochs, n), as gather does not broadcast
-    p_gold = dynamics.softmax(-1).gather(-1, gold[..., None]).squeeze(-1)  # (epochs, n)
+    p_gold = dynamics.softmax(-1)[:, torch.arange(len(labels)), labels]  # (epochs, n)
     correct = dynamics.argmax(-1) == labels  # (epochs, n)
     return p_gold.mean(0), p_gold.std(0, correction=0), correct.float().mean(0)
 
@@ -164,7 +163,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     done: steps, examples, tokens, seconds, and the dev scores [[step, score], ..].
     """
     (rank, world), device = ranks(), model.device  # this process's number, and how many there are
-    seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es is to be ERM, cut short
+    seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es is ERM, stopped early
     warmup, epoch_steps = max(1, round(0.1 * steps)), math.ceil(len(rows) / cfg.batch_size)
     points = {math.ceil(steps * i / 12) for i in range(1, 13)}  # steps to evaluate and save after
     net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(
@@ -223,12 +222,12 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         done["tokens"] += int(data.lengths[batch].sum())
         bar.update()
         if step % 50 == 0 or after in points:  # only now does the host wait for the device
-            loss = over_ranks(loss, dist.ReduceOp.SUM).item() / world
+            loss = over_ranks(loss, dist.ReduceOp.SUM).item() / world  # undoes the `world` above
             bar.set_postfix(step=after, loss=f"{loss:.3f}")
         if after not in points:
             continue
 
-        # Evaluate, keep the best (and stop early, above). A tiny scale: every fp16 step overflows.
+        # Evaluate, keep the best. A tiny scale means that every fp16 step overflows.
         require(not over_ranks(broken).item() and scaler.get_scale() > 1e-3, f"{name}: overflow or "
                 f"divergence by step {after}; start anew with a lower learning rate or --amp off")
         done["seconds"] += time.perf_counter() - began
@@ -244,11 +243,12 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
         # Checkpoint.
         if dynamics is not None:
-            over_ranks(dynamics)  # of each cell the maximum: it is -inf where not visited
+            over_ranks(dynamics)  # takes the maximum: unvisited cells are -inf
         save_checkpoint(cfg, name, parts, dynamics, done, best)
         began = time.perf_counter()
     bar.close()
-    model.load_state_dict(best or model.state_dict())
+    if best:
+        model.load_state_dict(best)
     return done
 
 
@@ -260,7 +260,7 @@ def main(cfg):
     training, dev = load_task(cfg)
     run = open_run(cfg, training, dev)
     everything = torch.arange(len(training.labels))
-    folders = {"ref": cfg.dynamics or f"{cfg.out}/ref", "erm": f"{cfg.out}/erm"}  # have dynamics
+    folders = {"ref": cfg.dynamics or f"{cfg.out}/ref", "erm": f"{cfg.out}/erm"}  # with dynamics
 
     # Step 1. Fine-tune the small reference model on everything, and log its training dynamics.
     if not cfg.dynamics and "ref" in {METHODS[name].source for name in cfg.methods}:
@@ -306,7 +306,7 @@ def load(name, device, classes=None):
     """
     names = {"id2label": dict(enumerate(classes or []))}
     names["label2id"] = {label: i for i, label in names["id2label"].items()}
-    logging.disable(logging.WARNING)  # the libraries' (of new heads, retries): nothing to mend
+    logging.disable(logging.WARNING)  # the libraries warn of new heads and retries
     transformers.utils.logging.disable_progress_bar()
     if name in BUILT_IN_MODELS:
         return built_in_model(name, names, device)
@@ -413,7 +413,7 @@ def fine_tune(name, rows, training, dev, cfg, run):
     """One phase: load a model, train it on these rows, save it in the run's folder under `name`,
     with its dynamics if it never stops early; enter it in run.json and return the entry."""
     folder, dynamics = Path(cfg.out, name), None
-    if folder.exists():  # done before the run was resumed
+    if folder.exists():  # done, and whole, before the run was resumed
         return run["phases"][name]
     model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
     torch.manual_seed(cfg.seed)  # for a new head: a model has the same one in all phases
@@ -424,7 +424,7 @@ def fine_tune(name, rows, training, dev, cfg, run):
     steps = cfg.epochs * math.ceil(n / cfg.batch_size)
     if METHODS[name].stops:
         steps = cfg.steps or (steps if dev else max(1, round(steps / 3)))
-    else:  # a cell that is never visited stays at -inf
+    else:
         dynamics = torch.full((cfg.epochs, n, len(training.names)), -math.inf, device=cfg.device)
     compute_less(model)
     restore = compact_embeddings(model, [data, *dev])
@@ -432,7 +432,7 @@ def fine_tune(name, rows, training, dev, cfg, run):
     with refusing(f"{name}: out of memory", remedy, torch.OutOfMemoryError):
         done = train(name, model, data, dev, rows, steps, lr, cfg, dynamics)
     restore()
-    # A parameter costs a token two operations forward and four backward.
+    # Of each parameter, a token takes two operations forward and four backward.
     flops, erm_tokens = 6 * size * done["tokens"], cfg.epochs * data.lengths.sum().item()
     run["phases"][name] = {"model": model_name, "lr": lr, "budget": steps, **done, "flops": flops,
                            "erm_flops": 6 * size * erm_tokens,
@@ -455,7 +455,7 @@ def load_dynamics(folder, run):
           np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
         logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
         flops, known = int(saved["flops"]), str(saved["fingerprint"])
-    require(known == run["fingerprints"][0], f"{folder}: is of another training set")
+    require(known == run["fingerprints"][0], f"{folder}: has another training set")
     logits = logits[run["config"]["skip_epochs"]:]
     require(len(logits) > 1, f"{folder}: --skip-epochs leaves fewer than two epochs; lower it")
     return logits, labels, flops
@@ -494,10 +494,10 @@ def open_run(cfg, training, dev):
     n = len(training.labels)
     all_rows = {METHODS[name].keep for name in cfg.methods} == {"all"}
     require(all_rows or round(cfg.fraction * n) >= cfg.batch_size,
-            f"--fraction {cfg.fraction} of {n:,} rows: is less than a batch; lower --batch-size")
+            f"--fraction {cfg.fraction} of {n:,} rows is less than a batch; lower --batch-size")
     if cfg.dynamics:
         load_dynamics(cfg.dynamics, run)
-    for name in filter(None, (cfg.ref, cfg.main)):  # better to miss a model now than after days
+    for name in filter(None, (cfg.ref, cfg.main)):  # find a missing model now, not after days
         load(name, cfg.device, training.names)
     if ranks()[0] == 0:
         task = cfg.task or Path(cfg.train).stem
@@ -566,9 +566,10 @@ def read(source, like=None, limit=None):
     """The first `limit` rows of a file or of owner/name:split (Hub), as Examples. Rows without a
     gold label (- or -1) are left out. `like`: Examples whose form and classes are to be kept."""
     texts, golds, columns = [], [], None
+    known = {name.lower(): name for name in like.names} if like else {}
     for number, row in itertools.islice(records(source), limit):
         where = f"{source}, line {number}"
-        require(isinstance(row, dict) and None not in row, f"{where}: has no or too many columns")
+        require(isinstance(row, dict) and None not in row, f"{where}: has a wrong count of columns")
         if columns is None:
             widths = {len(text) for text in like.texts[:1]} if like else set()
             columns = next((c for c in TEXTS if {*c} <= {*row} and widths <= {len(c)}), None)
@@ -582,7 +583,8 @@ def read(source, like=None, limit=None):
         if label in ("-", "-1"):
             continue
         if like and label not in like.names:
-            label = SHORT.get(label.lower(), label.lower())
+            lower = label.lower()
+            label = known.get(lower) or known.get(SHORT.get(lower), label)
             require(label in like.names, f"{where}: {label} is none of {some(like.names)}")
         texts.append(text)
         golds.append(label)
@@ -591,7 +593,7 @@ def read(source, like=None, limit=None):
         golds = [SHORT[label] for label in golds]
     # Integers are in the order of their size, other names in that of the alphabet.
     names = like.names if like else sorted({*golds}, key=lambda x: (len(x) * x.isdecimal(), x))
-    numbers = {name: i for i, name in enumerate(names)}
+    numbers = {name: i for i, name in reversed([*enumerate(names)])}  # of equal names the first
     return Examples(texts, torch.tensor([numbers[label] for label in golds]), names)
 
 
@@ -602,7 +604,7 @@ def load_task(cfg):
     sources = [f"{cfg.data}/{file}" if cfg.data else hub for hub, file in TASKS.get(cfg.task, [])]
     source, *dev = sources or [cfg.train]
     training = read(source, limit=cfg.limit)
-    require(len(training.names) > 1, f"{source}: has one class only; give rows of two or more")
+    require(len(training.names) > 1, f"{source}: has one class; give rows of two or more")
     return training, [read(path, training) for path in cfg.dev or dev]
 
 
@@ -618,10 +620,10 @@ WORDS = ["monday", "tuesday", "wednesday", *(f"thing{i}" for i in range(600))]
 
 
 def built_in():
-    """A task of which all is known: each text lists things seen at a place; predict the place.
+    """A task with known rules: each text lists things seen at a place; predict the place.
 
     A text reads "monday thing12 thing597 ..", its label coast. Of eight things, four belong to a
-    place, each in 8 of 10 cases to the right one: no single word decides. Beside this rule stands
+    place, each in 8 of 10 cases to the right one: no single word decides. There is also
     a shortcut: the day agrees with the place in 90% of the training and ID texts, by chance in the
     OOD set, never in the adversarial one. 3% of the training labels are wrong. Returns the sets
     {name: Examples} and what is planted in the training rows, {name: mask (n,)}.
@@ -661,7 +663,7 @@ def built_in_model(name, names, device):
 
 # ------------------------------ machinery: fast, exactly
 
-# Work on which no result depends is left out. (`batches` saves padding, but varies who meets.)
+# Work on which no result depends is left out.
 
 
 def compute_less(model):
@@ -678,8 +680,8 @@ def compute_less(model):
 
 
 def nearest_positions(attention, args, kwargs):
-    """Give DeBERTa's attention only those relative positions that occur: of the 2 * span in the
-    table, n tokens have the nearest n on each side."""
+    """Give DeBERTa's attention only the relative positions that occur: n tokens use the middle 2n
+    of the table's 2 * span."""
     table = kwargs["rel_embeddings"]  # (2 * span, hidden)
     span = len(table) // 2
     attention.pos_ebd_size = width = min(args[0].shape[1], span)
@@ -695,7 +697,7 @@ def compact_embeddings(model, sets):
         return lambda: None
     used = [row["input_ids"] for data in sets for row in data.inputs]
     used = np.union1d(np.concatenate(used), sets[0].tokenizer.pad_token_id)
-    place = torch.full((len(table.weight),), len(used))  # not used: an error, not a wrong row
+    place = torch.full((len(table.weight),), len(used))  # unused ids raise an error
     place[used] = torch.arange(len(used))
     place = place.to(model.device)
     small = torch.nn.Embedding.from_pretrained(table.weight.detach()[used], freeze=False)
@@ -714,7 +716,7 @@ def compact_embeddings(model, sets):
 
 
 def require(condition, message):
-    """If a user's input falls short, say in one line on stderr what to mend; exit with code 2."""
+    """If a user's input is wrong, say in one line on stderr what to mend; exit with code 2."""
     if not condition:
         print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)  # on one line
         raise SystemExit(2)
@@ -782,7 +784,7 @@ def check(parser, argv):
 
 def write(path, put):
     """Let `put` write a file or folder under another name, then rename it to `path`: a run killed
-    at any moment leaves it whole or not at all. The first process writes, the others wait."""
+    at any moment leaves the whole or nothing. The first process writes, the others wait."""
     if ranks()[0] == 0:
         partial = path.with_name(path.name + ".partial")
         with refusing(f"{path}: cannot be written", "make room, then continue with --resume"):
@@ -800,7 +802,7 @@ def say(cfg, line):
     """Print a line, and add it to log.txt."""
     if ranks()[0] == 0:
         tqdm.tqdm.write(line)
-        sys.stdout.flush()  # a log file is to show it now
+        sys.stdout.flush()  # so that a log file shows it now
         with open(Path(cfg.out, "log.txt"), "a") as log:
             print(line, file=log)
 
@@ -840,14 +842,15 @@ def over_ranks(tensor, operation=dist.ReduceOp.MAX):
 
 if __name__ == "__main__":
     import eval  # not Python's eval but eval.py, which measures what this file trained
+    several = dist.is_torchelastic_launched()  # torchrun started several processes
+    if several and torch.cuda.is_available():
+        with refusing("torchrun --nproc-per-node", "start one process a GPU"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     wanted = settings()
-    if dist.is_torchelastic_launched():  # torchrun started several processes
-        if "cuda" in wanted.device:
-            with refusing("torchrun --nproc-per-node", "start one process a GPU"):
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if several:
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in wanted.device else "cpu:gloo")
     try:
-        eval.read_tests(wanted)  # first: a bad test file is not to be found out after days
+        eval.read_tests(wanted)  # finds a bad test file now, not after days
         main(wanted)
         rank, _ = ranks()
         if dist.is_initialized():
