@@ -247,8 +247,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         save_checkpoint(cfg, name, parts, dynamics, done, best)
         began = time.perf_counter()
     bar.close()
-    if best:
-        model.load_state_dict(best)
+    model.load_state_dict(best or model.state_dict())
     return done
 
 
