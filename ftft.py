@@ -454,7 +454,7 @@ def load_dynamics(folder, run):
           np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
         logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
         flops, known = int(saved["flops"]), str(saved["fingerprint"])
-    require(known == run["fingerprints"][0], f"{folder}: has another training set")
+    require(known == run["fingerprints"][0], f"{folder}: has another training set; give that")
     logits = logits[run["config"]["skip_epochs"]:]
     require(len(logits) > 1, f"{folder}: --skip-epochs leaves fewer than two epochs; lower it")
     return logits, labels, flops
@@ -592,7 +592,7 @@ def read(source, like=None, limit=None):
         golds = [SHORT[label] for label in golds]
     # Integers are in the order of their size, other names in that of the alphabet.
     names = like.names if like else sorted({*golds}, key=lambda x: (len(x) * x.isdecimal(), x))
-    numbers = {name: i for i, name in reversed([*enumerate(names)])}  # of equal names the first
+    numbers = {name: i for i, name in reversed([*enumerate(names)])}  # the class non-X first
     return Examples(texts, torch.tensor([numbers[label] for label in golds]), names)
 
 
