@@ -48,14 +48,14 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
             *[("adversarial", f"dynahate_r{r}_{form}", None, f"dynahate/r{r}_{form}.test")
               for r in (2, 3, 4) for form in ("original", "perturbation")]]}
 COLUMNS = {  # of the table on training: digits, and what it says
-    "cost": (2, "relative to ERM, the reference's included"),
-    "examples": (0, "trained on"),
+    "cost": (2, "relative to ERM, with that of a reference"),
+    "examples": (0, "trained on, repeats counted"),
     "seconds": (0, "of training, without the reference's"),
-    "dev": (1, "best dev score in % (without those of the warm-up)"),
+    "dev": (1, "best dev score in %"),
     "reached": (2, "share of ERM's steps at which it first was at ERM's best score; -: never"),
     "ERM then": (1, "ERM's best dev score at no more than this cost"),
-    "hardest": (1, "share of its rows, in %, that are among the hardest too"),
-    "again": (1, "share of its rows, in %, kept in another run, too")}
+    "hardest": (1, "share of its rows, in %, that are among the hardest"),
+    "again": (1, "share of its rows, in %, kept in another run")}
 
 
 # ------------------------------ scoring
@@ -106,17 +106,18 @@ def score(name, folder, cfg, tests=None):
 
 
 def score_classifiers(args):
-    """Score saved classifiers; returns them as if they were the methods of one run."""
-    chosen = {"--task": args.task, "--data": args.data, "--test": args.test}
+    """Score saved classifiers, as if they were the methods of one run."""
+    chosen = {"--task": args.task or "nli", "--data": args.data, "--test": args.test}
     options = [word for name, value in chosen.items() if value for word in (name, *np.ravel(value))]
     cfg, answers = settings(["--main", args.names[0], "--methods", "erm", *options]), {}
     for name in args.names:
+        require(not Path(name, "run.json").exists(), f"{name}: is a run; name {name}/ftft")
         answers |= score(name, name, cfg)
     return {"": ({"config": vars(cfg), "phases": {}, "cost": {}}, answers)}
 
 
 def score_run(folder, run):
-    """Score each model of a run on each test set; write that, then model cards and figures."""
+    """Score a run's models on each test set; write that, then model cards and figures."""
     here = run["config"]["device"] if torch.cuda.is_available() else "cpu"  # no GPU here
     cfg = argparse.Namespace(**run["config"] | {"out": str(folder), "device": here})
     training = load_task(cfg)[0]
@@ -140,7 +141,7 @@ def score_run(folder, run):
 
 
 def write_card(folder, run, results):
-    """README.md of a saved model: what it is, how it was made and how it scores."""
+    """README.md of a saved model: how it was made and how it scores."""
     cfg, model = run["config"], run["phases"][folder.name]["model"]
     scores = [f"| {KINDS[kind]} | {test} | {100 * r['accuracy']:.2f} | {100 * r['macro-f1']:.2f} | "
               f"{r['n']} |" for kind, tests in results.items() for test, r in tests.items()]
@@ -157,7 +158,7 @@ def write_card(folder, run, results):
 
 
 def load_runs(folders):
-    """{folder: (run.json, answers)} of runs of one setting; those not yet scored are scored."""
+    """{folder: (run.json, answers)} of runs of one setting; scores them if need be."""
     runs, first = {}, None
     for folder in map(Path, folders):
         with refusing(f"{folder}: is no run", "for a classifier, add --task or --test"):
@@ -201,7 +202,7 @@ def bootstrap(predicted, gold, metric):
 
 
 def summary(scores):
-    """Of scores (runs, 1 + draws): mean and sample deviation; of one run its 95% interval."""
+    """Of scores (runs, 1 + draws): mean and deviation; of one run its 95% interval."""
     if len(scores) > 1:
         return {"score": scores[:, 0].mean(), "std": scores[:, 0].std(ddof=1)}
     low, high = np.percentile(scores[0, 1:], [2.5, 97.5])
@@ -270,7 +271,7 @@ def spread(values, digits=1):
 
 
 def tables(found):
-    """What `compare` found, as rows of cells, headers first: the scores, and the training."""
+    """What `compare` found as rows of cells, headers first: scores, and training."""
     sets, training = found["sets"], found["training"]
     rows = [["", *(KINDS[test["kind"]] for test in sets.values())],
             ["", *sets], ["n", *(f"{test['n']:,}" for test in sets.values())]]
@@ -326,8 +327,7 @@ def draw_learning_curves(folder, run):
     for method, marker in zip(methods, itertools.cycle("osD^vP*")):
         phase, told = run["phases"][method], about_training(method, run)
         steps, scores = np.transpose(phase["dev"])
-        # what was spent in the end, less what was to come
-        own = phase["flops"] / phase["erm_flops"]
+        own = phase["flops"] / phase["erm_flops"]  # spent in the end
         cost = run["cost"][method] + own * (steps / phase["steps"] - 1)
         line, = axes.plot(cost, 100 * scores, marker=marker, markersize=4, label=method,
                           linewidth=4 if method == "erm" else 1.5)  # under erm-es
@@ -348,10 +348,10 @@ def main(argv=None):
     add("names", nargs="+", help="folders of runs; or classifiers, with --task or --test")
     add("--task", choices=list(TESTS), help="score classifiers on the test sets of this task")
     add("--data", help="folder with the files of these, read instead of the Hub")
-    add("--test", nargs="+", default=[], help="or on id=FILE, ood=.., adversarial=..")
+    add("--test", nargs="+", action="extend", default=[], help="or on these: id=FILE, ood=FILE, ..")
     add("--against", default="erm", help="compare the others with this method (default: erm)")
     add("--json", action="store_true", help="print all numbers as JSON")
-    add("--markdown", action="store_true", help="print the table as Markdown")
+    add("--markdown", action="store_true", help="print Markdown tables")
     args = parser.parse_args(argv)
     runs = score_classifiers(args) if args.task or args.test else load_runs(args.names)
     found = compare(runs, args.against)
@@ -362,7 +362,7 @@ def main(argv=None):
             lay_out(scores, args.markdown), ""]
     if found["training"]:
         text += [f"{key}: {COLUMNS[key][1]}" for key in training[0] if key in COLUMNS]
-        text += ["others: share of its rows, in %\n", lay_out(training, args.markdown)]
+        text += ["class names: share of its rows, in %\n", lay_out(training, args.markdown)]
     print(json.dumps(found, indent=1) if args.json else "\n".join(text))
 
 

@@ -10,7 +10,7 @@ Gatt and Nguyen, arXiv 2310.06588), in four steps:
   2. Draw the data map: `confidence` and `variability` (n,) are the mean and the standard
      deviation of p(gold), the probability of the correct class, over the epochs.
   3. Keep `rows` (k,), the third of the examples with the highest variability.
-  4. Fine-tune the large main model on those rows only, and stop early.
+  4. Fine-tune the large main model on those rows only, for fewer steps.
 
   python ftft.py                                            # built-in task, offline, on a CPU
   python ftft.py --ref deberta-small --main deberta-large   # MultiNLI; tested on ANLI, HANS, WANLI
@@ -44,8 +44,9 @@ import transformers
 # ------------------------------ settings
 
 # A phase trains one model: the reference, or the main model by one of the methods. keep: which rows
-# it trains on; source: the phase whose data map chooses them; stops: it may stop early. The phases
-# that may not, the reference and plain fine-tuning (ERM), log their dynamics.
+# it trains on (ambiguous: those of the highest variability); source: the phase whose data map
+# chooses them; stops: it may stop early. The reference and plain fine-tuning (ERM) may not; they
+# log their dynamics.
 Method = collections.namedtuple("Method", "keep source stops")
 METHODS = {"ref": Method("all", None, False),
            "erm": Method("all", None, False),
@@ -85,8 +86,10 @@ def settings(argv=None):
     add("--task", choices=["nli", "hsd", "built-in"], help="the paper's nli (default) or hsd")
     add("--data", metavar="DIR", help="folder with the task's files, read instead of the Hub")
     add("--train", metavar="FILE", help="your data: .jsonl, .csv, .tsv or owner/name:split (Hub)")
-    add("--dev", nargs="+", default=[], metavar="FILE", help="sets for early stopping")
-    add("--test", nargs="+", default=[], metavar="FILE", help="id=FILE, ood=.., adversarial=..")
+    add("--dev", nargs="+", action="extend", default=[], metavar="FILE",
+        help="sets for early stopping and for choosing the best weights")
+    add("--test", nargs="+", action="extend", default=[], metavar="FILE",
+        help="id=FILE, ood=FILE or adversarial=FILE, any number of each")
     add("--limit", type=int, help="read only the first N training rows")
     add("--metric", choices=["accuracy", "macro-f1"], help="default: accuracy; hsd: macro-f1")
     add("--out", metavar="DIR", help="new folder for the run (default: runs/TASK-1, -2, ..)")
@@ -148,7 +151,7 @@ def seed_for(*what):
 def since_best(curve, warmup):
     """How many evaluations ago the dev score was highest: 0 for a new best, -1 for no evaluation.
 
-    curve: [[step, score], ..]. Evaluations within the warm-up do not count.
+    curve: [[step, score], ..]. Evaluations within the warm-up do not count; a tie is no new best.
     """
     scores = [score for step, score in curve if step > warmup]
     return len(scores) - 1 - scores.index(max(scores)) if scores else -1
@@ -158,9 +161,8 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     """Fine-tune `model` in place; it ends with the weights that did best on the dev sets, if any.
 
     name: of the phase, in METHODS. data, dev: the training set and the list of dev sets, Encoded.
-    rows (k,): what to train on. steps: the budget, over which the learning rate decays. dynamics:
-    a tensor (epochs, n, classes) in which to log the logits. Returns a dictionary of what was
-    done: steps, examples, tokens, seconds, and the dev scores [[step, score], ..].
+    rows (k,): what to train on. steps: the budget, over which the learning rate decays. dynamics
+    (epochs, n, classes): where to log the logits. Returns `done`; its "dev" is [[step, score], ..].
     """
     (rank, world), device = ranks(), model.device  # this process's number, and how many there are
     seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es is ERM, stopped early
@@ -178,7 +180,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
                     unit_scale=cfg.batch_size, disable=True if rank else None)  # None: not in files
     for step in range(done["steps"], steps):
         if METHODS[name].stops and since_best(done["dev"], warmup) >= cfg.patience:
-            break  # asked here, since a run may be resumed just after its last evaluation
+            break  # here, not after evaluating: a run may be resumed just after its last evaluation
         epoch, place = divmod(step, epoch_steps)
         if place == 0 or order is None:
             order = batches(rows, data.lengths, cfg.batch_size, seed_for(*seeds, epoch))
@@ -190,7 +192,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         model.train()
         torch.manual_seed(seed_for(*seeds, step, rank))  # so dropout has no state to save
         mine, weight, loss = batch[rank::world], world / len(batch), 0.0
-        if len(mine) == 0:  # a process without rows computes one at weight 0
+        if len(mine) == 0:  # a process without rows joins DDP's exchange with a row at weight 0
             mine, weight = batch[:1], 0.0
         pieces = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum))
         for piece in pieces:
@@ -204,7 +206,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
             # Log the dynamics: in training mode (dropout is on) and before the update, as in
             # dataset cartography and the authors' code. Nothing is copied to the host.
-            if dynamics is not None and weight:
+            if dynamics is not None and weight:  # at weight 0, the row is another process's
                 dynamics[epoch, piece] = logits.detach()
             broken += ~logits.isfinite().all()
 
@@ -233,8 +235,8 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         done["seconds"] += time.perf_counter() - began
         report = f"{name}: step {after:,} of {steps:,}, loss {loss:.3f}"
         if dev:
-            score = np.mean([metrics(predict(model, part, cfg).argmax(1), part.labels)[cfg.metric]
-                             for part in dev]).item()
+            score = np.mean([metrics(predict(model, one, cfg).argmax(1), one.labels)[cfg.metric]
+                             for one in dev]).item()
             done["dev"].append([after, score])
             report += f", dev {100 * score:.1f}"
             if since_best(done["dev"], warmup) == 0:
@@ -243,11 +245,12 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
         # Checkpoint.
         if dynamics is not None:
-            over_ranks(dynamics)  # takes the maximum: unvisited cells are -inf
+            over_ranks(dynamics)  # the maximum: one process wrote a cell, the others have -inf
         save_checkpoint(cfg, name, parts, dynamics, done, best)
         began = time.perf_counter()
     bar.close()
-    model.load_state_dict(best or model.state_dict())
+    if best:
+        model.load_state_dict(best)
     return done
 
 
@@ -255,7 +258,12 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
 
 def main(cfg):
-    """Run FTFT, and the methods to compare it with: they go through the same four steps."""
+    """Run FTFT, and the methods to compare it with: they go through the same four steps.
+
+    `fine_tune`, in the machinery, loads a model, makes `dynamics` (all -inf) for the phases that
+    log them, and calls `train`: for as many steps as ERM has, or without dev sets a third of them.
+    Then it saves the model and the dynamics.
+    """
     training, dev = load_task(cfg)
     run = open_run(cfg, training, dev)
     everything = torch.arange(len(training.labels))
@@ -558,7 +566,8 @@ def records(source):
             for number, row in rows:
                 yield number, row
     except Exception as error:  # no such file, no network, not JSON, a quote never closed, ..
-        require(False, f"{source}: cannot be read (after line {number}: {error}); mend it")
+        require(False, f"{source}: cannot be read after line {number} ({error}); mend it or its "
+                "name")
 
 
 def read(source, like=None, limit=None):
@@ -574,7 +583,7 @@ def read(source, like=None, limit=None):
             columns = next((c for c in TEXTS if {*c} <= {*row} and widths <= {len(c)}), None)
             gold = next((name for name in LABELS if name in row), None)
             require(columns and gold, f"{source}: has columns {some([*row])}; name them label and "
-                    "text, or label, premise and hypothesis, as in the training set")
+                    "text, or label, premise and hypothesis, the same in all files")
         text, label = tuple(row.get(name) for name in columns), row.get(gold)
         label = str(label).strip() if isinstance(label, (str, int)) else ""
         require(label and {*map(type, text)} == {str}, f"{where}: {' and '.join(columns)} must be "
@@ -592,7 +601,10 @@ def read(source, like=None, limit=None):
         golds = [SHORT[label] for label in golds]
     # Integers are in the order of their size, other names in that of the alphabet.
     names = like.names if like else sorted({*golds}, key=lambda x: (len(x) * x.isdecimal(), x))
-    numbers = {name: i for i, name in reversed([*enumerate(names)])}  # the class non-X first
+    require(like or len({*map(str.lower, names)}) == len(names),
+            f"{source}: has labels that differ in case only, of {some(names)}; make them the same")
+    # eval.py adds names non-X. If a class is called so itself, the first of the two counts.
+    numbers = {name: i for i, name in reversed([*enumerate(names)])}
     return Examples(texts, torch.tensor([numbers[label] for label in golds]), names)
 
 
@@ -669,7 +681,8 @@ def compute_less(model):
     """Leave out what no head reads, in the model types for which this is tested."""
     if model.config.model_type not in ("deberta-v2", "bert", "roberta", "electra"):
         return
-    # The head reads the first token only, so the last layer need not compute the others.
+    # The head reads the first token only. So all of the last layer but its attention computes only
+    # that token: the hook cuts (what attention found, the layer's input).
     last = model.base_model.encoder.layer[-1].attention
     last.output.register_forward_pre_hook(lambda _, states: tuple(x[:, :1] for x in states))
     for module in model.modules():
@@ -691,17 +704,17 @@ def compact_embeddings(model, sets):
     """Train only the rows of the word table that these Encoded sets use: AdamW without weight decay
     leaves a row without gradients alone. Returns a function that puts the others back."""
     table = model.get_input_embeddings()
-    users = [p for _, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
-    if type(table) is not torch.nn.Embedding or len(users) > 1:
+    tied = [p for _, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
+    if type(table) is not torch.nn.Embedding or len(tied) > 1:
         return lambda: None
     used = [row["input_ids"] for data in sets for row in data.inputs]
     used = np.union1d(np.concatenate(used), sets[0].tokenizer.pad_token_id)
-    place = torch.full((len(table.weight),), len(used))  # unused ids raise an error
-    place[used] = torch.arange(len(used))
-    place = place.to(model.device)
+    new_id = torch.full((len(table.weight),), len(used))  # unused ids raise an error
+    new_id[used] = torch.arange(len(used))
+    new_id = new_id.to(model.device)
     small = torch.nn.Embedding.from_pretrained(table.weight.detach()[used], freeze=False)
     # Translated in the table, not in the batch: RoBERTa tells positions by which ids are padding.
-    small.register_forward_pre_hook(lambda _, ids: place[ids[0]])
+    small.register_forward_pre_hook(lambda _, ids: new_id[ids[0]])
     model.set_input_embeddings(small)
     table.cpu()
 
@@ -751,6 +764,8 @@ def check(parser, argv):
         parser.set_defaults(**BUILT_IN | ({"ref": None} if cfg.dynamics else {}))
         cfg = parser.parse_args(argv)
     require(not (cfg.train and (cfg.task or cfg.data)), "--train: leave out --task and --data")
+    require(cfg.train or cfg.task or not (cfg.dev or cfg.test),
+            "--train is missing; give the training set, or --task nli for the paper's")
     cfg.task = cfg.task or (None if cfg.train else "nli")
     require(cfg.task != "hsd" or cfg.data, "--task hsd: is not on the Hub; give --data")
     require(cfg.task == "built-in" or not {cfg.ref, cfg.main} & {*BUILT_IN_MODELS},

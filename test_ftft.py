@@ -95,8 +95,7 @@ def save(folder, model, tokenizer=None, weights=None, **config):
     """A model's folder, perhaps with other weights or another config."""
     model.save_pretrained(folder, state_dict=weights)
     (tokenizer or vocabulary()).save_pretrained(folder)
-    config = read_json(folder, "config.json") | config
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(read_json(folder, "config.json") | config))
     return str(folder)
 
 
@@ -585,7 +584,8 @@ def test_runs_that_differ_are_not_shown_as_one(finished, tmp_path, refused):
         assert named in refused(measuring.main, [finished.out, str(first)])
     (first / "run.json").write_text(json.dumps(run | {"config": run["config"] | {"seed": 1}}))
     measuring.main([finished.out, str(first)])
-    assert "--against: give one of" in refused(measuring.main, [str(first), "--against", "erm-s"])
+    for wrong, named in (("--against erm-s", "give one of"), ("--test id=x", "is a run; name")):
+        assert named in refused(measuring.main, [str(first), *wrong.split()])
     answers = np.load(first / "predictions.npz")
     np.savez(first / "predictions.npz", **{name: answers[name][:, ::-1] for name in answers})
     assert "test sets" in refused(measuring.main, [finished.out, str(first)])
@@ -905,20 +905,20 @@ def test_nothing_in_a_file_is_executed(task, tmp_path, refused):
 
 ONE = {"text": "red", "label": "a"}
 BAD = {  # more arguments or what the training file holds, and what the line must name
-    "missing file": ("--train nowhere.jsonl", "nowhere.jsonl"),
+    "missing file": ("--train nowhere.jsonl", "nowhere.jsonl: cannot be read after"),
     "empty file": ([], "labelled row"),
     "not utf-8": ("--train latin.jsonl", "cannot be read"),
     "a quote that is never closed": ("--train open.csv", "cannot be read"),
     "no label column": ([{"text": "red"}], "has columns text; name them label"),
-    "a line that is no object": ([ONE, [1]], "line 2"),
+    "labels that differ in case": ([ONE, {**ONE, "label": "A"}], "differ in case only, of A, a;"),
     "settings beside those of a run": ("--resume . --seed 0", "give no other"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
     "more fields than columns": ("--train wide.csv", "line 3: has a wrong count"),
     "one class only": ([ONE] * 40, "one class"),
-    "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "as in the t"),
+    "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "the same in"),
     "a label unknown to training": ("--test id=odd.jsonl", "line 2: other is none of"),
     "a test set without a kind": ("--test odd.jsonl", "id=FILE"),
-    "two sets of one name": ("--test id=same.jsonl ood=same.jsonl", "called same"),
+    "two sets of one name": ("--test ood=same.jsonl", "called same"),
     "a fraction below a batch": ("--fraction 0.1", "less than a batch"),
     "no reference": ("--ref ''", "--ref"),
     "the built-in task and data": ("--train '' --task built-in", "--task built-in"),
@@ -930,7 +930,7 @@ BAD = {  # more arguments or what the training file holds, and what the line mus
     "too many names": ("--test id=odd.jsonl --train many.jsonl", "and 15 more"),
     "an epoch too many left out": ("--skip-epochs 2", "--epochs 3: a data map needs two"),
     "no such device": ("--device abacus", "abacus"),
-    "a model folder without config": ("--main .", ".: cannot be loaded"),
+    "no training set": ("--train ''", "--train is missing"),
     "a folder that exists": ("--out .", "--out")}
 
 
