@@ -48,7 +48,7 @@ TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
             *[("adversarial", f"dynahate_r{r}_{form}", None, f"dynahate/r{r}_{form}.test")
               for r in (2, 3, 4) for form in ("original", "perturbation")]]}
 COLUMNS = {  # of the table on training: digits, and what it says
-    "cost": (2, "relative to ERM, with that of a reference"),
+    "cost": (2, "relative to ERM, a reference's included"),
     "examples": (0, "trained on, repeats counted"),
     "seconds": (0, "of training, without the reference's"),
     "dev": (1, "best dev score in %"),

@@ -566,8 +566,8 @@ def records(source):
             for number, row in rows:
                 yield number, row
     except Exception as error:  # no such file, no network, not JSON, a quote never closed, ..
-        require(False, f"{source}: cannot be read after line {number} ({error}); mend it or its "
-                "name")
+        require(False, f"{source}: cannot be read after line {number} ({error}); "
+                "mend it or its name")
 
 
 def read(source, like=None, limit=None):

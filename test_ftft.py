@@ -906,10 +906,10 @@ def test_nothing_in_a_file_is_executed(task, tmp_path, refused):
 ONE = {"text": "red", "label": "a"}
 BAD = {  # more arguments or what the training file holds, and what the line must name
     "missing file": ("--train nowhere.jsonl", "nowhere.jsonl: cannot be read after"),
-    "empty file": ([], "labelled row"),
-    "not utf-8": ("--train latin.jsonl", "cannot be read"),
+    "empty file": ([], "labelled row"), "not utf-8": ("--train latin.jsonl", "cannot be read"),
     "a quote that is never closed": ("--train open.csv", "cannot be read"),
     "no label column": ([{"text": "red"}], "has columns text; name them label"),
+    "a line that is no object": ([ONE, [1]], "line 2"),
     "labels that differ in case": ([ONE, {**ONE, "label": "A"}], "differ in case only, of A, a;"),
     "settings beside those of a run": ("--resume . --seed 0", "give no other"),
     "a label that is a list": ([ONE, {"text": "red", "label": []}], "line 2"),
@@ -920,7 +920,7 @@ BAD = {  # more arguments or what the training file holds, and what the line mus
     "a test set without a kind": ("--test odd.jsonl", "id=FILE"),
     "two sets of one name": ("--test ood=same.jsonl", "called same"),
     "a fraction below a batch": ("--fraction 0.1", "less than a batch"),
-    "no reference": ("--ref ''", "--ref"),
+    "no reference": ("--ref ''", "--ref"), "no training set": ("--train ''", "--train is missing"),
     "the built-in task and data": ("--train '' --task built-in", "--task built-in"),
     "own data and a task": ("--task hsd", "--train: leave out --task"),
     "a built-in model on other data": ("--main built-in-4x128", "built-in task only"),
@@ -930,7 +930,7 @@ BAD = {  # more arguments or what the training file holds, and what the line mus
     "too many names": ("--test id=odd.jsonl --train many.jsonl", "and 15 more"),
     "an epoch too many left out": ("--skip-epochs 2", "--epochs 3: a data map needs two"),
     "no such device": ("--device abacus", "abacus"),
-    "no training set": ("--train ''", "--train is missing"),
+    "a model folder without config": ("--main .", ".: cannot be loaded"),
     "a folder that exists": ("--out .", "--out")}
 
 
