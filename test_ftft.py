@@ -919,7 +919,7 @@ BAD = {  # more arguments or what the training file holds, and what the line mus
     "a label unknown to training": ("--test id=odd.jsonl", "line 2: other is none of"),
     "a test set without a kind": ("--test odd.jsonl", "id=FILE"),
     "two sets of one name": ("--test ood=same.jsonl", "called same"),
-    "a fraction below a batch": ("--fraction 0.1", "less than a batch"),
+    "a fraction of no row": ("--fraction 0.01", "is none; raise it"),
     "no reference": ("--ref ''", "--ref"), "no training set": ("--train ''", "--train is missing"),
     "the built-in task and data": ("--train '' --task built-in", "--task built-in"),
     "own data and a task": ("--task hsd", "--train: leave out --task"),
