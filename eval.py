@@ -53,8 +53,8 @@ COLUMNS = {  # of the table on training: digits, and what it says
     "seconds": (0, "of training, without the reference's"),
     "dev": (1, "best dev score in %"),
     "reached": (2, "share of ERM's steps at which it first was at ERM's best score; -: never"),
-    "ERM then": (1, "ERM's best dev score at no more than this cost"),
-    "hardest": (1, "share of its rows, in %, that are among the hardest"),
+    "ERM then": (1, "ERM's best dev score until it had cost as much"),
+    "hardest": (1, "share of its rows, in %, that hard would keep, too"),
     "again": (1, "share of its rows, in %, kept in another run")}
 
 

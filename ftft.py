@@ -499,7 +499,9 @@ def open_run(cfg, training, dev):
                 "since; restore it")
         return saved
     n = len(training.labels)
-    require(round(cfg.fraction * n) > 0, f"--fraction {cfg.fraction} of {n:,} rows is none; raise it")
+    all_rows = {METHODS[name].keep for name in cfg.methods} == {"all"}
+    require(all_rows or round(cfg.fraction * n) >= cfg.batch_size,
+            f"--fraction {cfg.fraction} of {n:,} rows is less than a batch; lower --batch-size")
     if cfg.dynamics:
         load_dynamics(cfg.dynamics, run)
     for name in filter(None, (cfg.ref, cfg.main)):  # find a missing model now, not after days
@@ -564,8 +566,8 @@ def records(source):
             for number, row in rows:
                 yield number, row
     except Exception as error:  # no such file, no network, not JSON, a quote never closed, ..
-        require(False, f"{source}: cannot be read after line {number} ({error}); "
-                "mend it or its name")
+        place = f" after line {number}" if number else ""
+        require(False, f"{source}: cannot be read{place} ({error}); mend it or its name")
 
 
 def read(source, like=None, limit=None):
@@ -591,7 +593,7 @@ def read(source, like=None, limit=None):
         if like and label not in like.names:
             lower = label.lower()
             label = known.get(lower) or known.get(SHORT.get(lower), label)
-            require(label in like.names, f"{where}: {label} is none of {some(like.names)}")
+            require(label in like.names, f"{where}: label {label} is none of {some(like.names)}")
         texts.append(text)
         golds.append(label)
     require(golds, f"{source}: has no labelled row; give a file with at least one")

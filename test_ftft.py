@@ -905,7 +905,7 @@ def test_nothing_in_a_file_is_executed(task, tmp_path, refused):
 
 ONE = {"text": "red", "label": "a"}
 BAD = {  # more arguments or what the training file holds, and what the line must name
-    "missing file": ("--train nowhere.jsonl", "nowhere.jsonl: cannot be read after"),
+    "missing file": ("--train nowhere.jsonl", "nowhere.jsonl: cannot be read ("),
     "empty file": ([], "labelled row"), "not utf-8": ("--train latin.jsonl", "cannot be read"),
     "a quote that is never closed": ("--train open.csv", "cannot be read"),
     "no label column": ([{"text": "red"}], "has columns text; name them label"),
@@ -916,10 +916,10 @@ BAD = {  # more arguments or what the training file holds, and what the line mus
     "more fields than columns": ("--train wide.csv", "line 3: has a wrong count"),
     "one class only": ([ONE] * 40, "one class"),
     "single texts against pairs": ([{**ONE, "label": label} for label in NLI * 20], "the same in"),
-    "a label unknown to training": ("--test id=odd.jsonl", "line 2: other is none of"),
+    "a label unknown to training": ("--test id=odd.jsonl", "line 2: label other is none of"),
     "a test set without a kind": ("--test odd.jsonl", "id=FILE"),
     "two sets of one name": ("--test ood=same.jsonl", "called same"),
-    "a fraction of no row": ("--fraction 0.01", "is none; raise it"),
+    "a fraction below a batch": ("--fraction 0.1", "less than a batch"),
     "no reference": ("--ref ''", "--ref"), "no training set": ("--train ''", "--train is missing"),
     "the built-in task and data": ("--train '' --task built-in", "--task built-in"),
     "own data and a task": ("--task hsd", "--train: leave out --task"),
