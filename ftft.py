@@ -10,7 +10,7 @@ Gatt and Nguyen, arXiv 2310.06588), in four steps:
   2. Draw the data map: `confidence` and `variability` (n,) are the mean and the standard
      deviation of p(gold), the probability of the correct class, over the epochs.
   3. Keep `rows` (k,), the third of the examples with the highest variability.
-  4. Fine-tune the large main model on those rows only, for fewer steps.
+  4. Fine-tune the large main model on those rows only, for fewer steps or with early stopping.
 
   python ftft.py                                            # built-in task, offline, on a CPU
   python ftft.py --ref deberta-small --main deberta-large   # MultiNLI; tested on ANLI, HANS, WANLI
@@ -45,8 +45,8 @@ import transformers
 
 # A phase trains one model: the reference, or the main model by one of the methods. keep: which rows
 # it trains on (ambiguous: those of the highest variability); source: the phase whose data map
-# chooses them; stops: it may stop early. The reference and plain fine-tuning (ERM) may not; they
-# log their dynamics.
+# chooses them; stops: it may stop early. A phase that may not, the reference or plain fine-tuning
+# (ERM), logs its dynamics.
 Method = collections.namedtuple("Method", "keep source stops")
 METHODS = {"ref": Method("all", None, False),
            "erm": Method("all", None, False),
@@ -77,7 +77,8 @@ def settings(argv=None):
     add("--ref", help="reference model: a short name (deberta-small, ..), Hub id or local folder")
     add("--main", help="main model, likewise")
     add("--dynamics", metavar="DIR", help="an earlier reference to reuse, such as runs/a/ref")
-    add("--methods", nargs="+", choices=[*METHODS][1:], default=["ftft"], metavar="METHOD",
+    add("--methods", nargs="+", choices=[name for name in METHODS if name != "ref"],
+        default=["ftft"], metavar="METHOD",
         help="models to train: ftft (default), erm, erm-es, random, easy, hard, dm")
     add("--fraction", type=float, default=0.33, help="share of the rows to keep (default: 0.33)")
     add("--skip-epochs", type=int, default=0, help="leave the first N epochs out of the data map")
@@ -102,7 +103,8 @@ def settings(argv=None):
     add("--patience", type=int, default=2,
         help="stop after this many evaluations, of 12, without a new best score (default: 2)")
     add("--batch-size", type=int, default=32, help="rows in a step (default: 32)")
-    add("--lr", type=float, help="learning rate of main models (default: 2e-5; over 200M, 1e-5)")
+    add("--lr", type=float,
+        help="learning rate of main models (default: 2e-5; over 200M backbone parameters, 1e-5)")
     add("--ref-lr", type=float, default=2e-5, help="that of the reference (default: 2e-5)")
     add("--max-length", type=int, default=300, help="cut inputs at N tokens (default: 300)")
     add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows")
@@ -160,38 +162,38 @@ def since_best(curve, warmup):
 def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     """Fine-tune `model` in place; it ends with the weights that did best on the dev sets, if any.
 
-    name: of the phase, in METHODS. data, dev: the training set and the list of dev sets, Encoded.
-    rows (k,): what to train on. steps: the budget, over which the learning rate decays. dynamics
-    (epochs, n, classes): where to log the logits. Returns `done`; its "dev" is [[step, score], ..].
+    name: of the phase. data, dev: the tokenized training set and a list of dev sets (see Encoded).
+    rows (k,): what to train on. steps: the budget, over which the learning rate decays, even if
+    training stops early. dynamics (epochs, n, classes): where to log the logits. Returns `done`.
     """
     (rank, world), device = ranks(), model.device  # this process's number, and how many there are
-    seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es is ERM, stopped early
+    seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es: as erm, but it may stop
     warmup, epoch_steps = max(1, round(0.1 * steps)), math.ceil(len(rows) / cfg.batch_size)
-    points = {math.ceil(steps * i / 12) for i in range(1, 13)}  # steps to evaluate and save after
+    points = {math.ceil(steps * i / 12) for i in range(1, 13)}  # after these, evaluate and save
     net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(
         model, find_unused_parameters=True, forward_sync_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-6, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "dev": []}
+    done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "dev": []}  # [step, score]
     done, best = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
-    broken, order, began = torch.zeros((), device=device), None, time.perf_counter()
+    broken = torch.zeros((), device=device)  # above 0: a logit or a gradient was not finite
+    order, began = None, time.perf_counter()
     bar = tqdm.tqdm(desc=name, total=steps, initial=done["steps"], unit="example", leave=False,
-                    unit_scale=cfg.batch_size, disable=True if rank else None)  # None: not in files
+                    unit_scale=cfg.batch_size, disable=rank > 0 or None)  # None: if not a terminal
     for step in range(done["steps"], steps):
         if METHODS[name].stops and since_best(done["dev"], warmup) >= cfg.patience:
             break  # here, not after evaluating: a run may be resumed just after its last evaluation
         epoch, place = divmod(step, epoch_steps)
         if place == 0 or order is None:
             order = batches(rows, data.lengths, cfg.batch_size, seed_for(*seeds, epoch))
-        batch = order[place]
+        batch = order[place]  # row numbers, of rows of like length
 
         # Forward and backward. Each process works through every world-th row, in pieces. The
-        # gradient is that of sum(losses) / len(batch), so that each example weighs the same;
-        # DDP averages over the processes, hence `world`.
+        # gradient is that of sum(losses) / len(batch): each example of the batch weighs the same.
         model.train()
         torch.manual_seed(seed_for(*seeds, step, rank))  # so dropout has no state to save
-        mine, weight, loss = batch[rank::world], world / len(batch), 0.0
+        mine, weight, loss = batch[rank::world], 1 / len(batch), 0.0
         if len(mine) == 0:  # a process without rows joins DDP's exchange with a row at weight 0
             mine, weight = batch[:1], 0.0
         pieces = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum))
@@ -201,7 +203,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
                 logits = net(**collate(data, piece, device)).logits.float()  # (piece, classes)
             labels = data.labels[piece].to(device)
             piece_loss = weight * F.cross_entropy(logits, labels, reduction="sum")
-            scaler.scale(piece_loss).backward()
+            scaler.scale(world * piece_loss).backward()  # DDP averages over the processes
             loss += piece_loss.detach()
 
             # Log the dynamics: in training mode (dropout is on) and before the update, as in
@@ -210,7 +212,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
                 dynamics[epoch, piece] = logits.detach()
             broken += ~logits.isfinite().all()
 
-        # Update. The rate rises from zero over the warm-up, then falls to zero over the budget.
+        # Update. The rate rises from zero, in the first step, then falls to zero over the budget.
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / warmup, (steps - step) / max(1, steps - warmup))
         scaler.unscale_(optimizer)
@@ -224,7 +226,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         done["tokens"] += int(data.lengths[batch].sum())
         bar.update()
         if step % 50 == 0 or after in points:  # only now does the host wait for the device
-            loss = over_ranks(loss, dist.ReduceOp.SUM).item() / world  # undoes the `world` above
+            loss = over_ranks(loss, dist.ReduceOp.SUM).item()
             bar.set_postfix(step=after, loss=f"{loss:.3f}")
         if after not in points:
             continue
@@ -260,14 +262,14 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 def main(cfg):
     """Run FTFT, and the methods to compare it with: they go through the same four steps.
 
-    `fine_tune`, in the machinery, loads a model, makes `dynamics` (all -inf) for the phases that
-    log them, and calls `train`: for as many steps as ERM has, or without dev sets a third of them.
-    Then it saves the model and the dynamics.
+    `fine_tune`, in the machinery, loads a pretrained model with a new head, the same in each phase,
+    makes `dynamics` (all -inf) for the phases that log them, and calls `train`: for as many steps
+    as ERM has, or without dev sets a third of them. Then it saves the model and the dynamics.
     """
     training, dev = load_task(cfg)
     run = open_run(cfg, training, dev)
     everything = torch.arange(len(training.labels))
-    folders = {"ref": cfg.dynamics or f"{cfg.out}/ref", "erm": f"{cfg.out}/erm"}  # with dynamics
+    folders = {"ref": cfg.dynamics or f"{cfg.out}/ref", "erm": f"{cfg.out}/erm"}
 
     # Step 1. Fine-tune the small reference model on everything, and log its training dynamics.
     if not cfg.dynamics and "ref" in {METHODS[name].source for name in cfg.methods}:
@@ -275,25 +277,25 @@ def main(cfg):
 
     for name in cfg.methods:
         keep, source, _ = METHODS[name]
-        rows, hardest, source_flops = everything, None, 0
-        if keep == "random":
-            generator = torch.Generator().manual_seed(seed_for(cfg.seed, "random rows"))
-            rows = select(torch.rand(len(everything), generator=generator), cfg.fraction)
-        elif keep != "all":
-            # Step 2. Draw the data map of the reference (for dm, of the main model after erm).
+        rows, confidence, source_flops = everything, None, 0
+        if source:
+            # Step 2. Draw the data map of the reference (for dm, of the main model after erm) from
+            # all its epochs but those of --skip-epochs.
             dynamics, labels, source_flops = load_dynamics(folders[source], run)
             confidence, variability, _ = data_map(dynamics, labels)
-            # Step 3. Keep the rows that the method favours: ftft those whose p(gold) swings most.
             score = {"ambiguous": variability, "hard": -confidence, "easy": confidence}[keep]
-            rows = select(score, cfg.fraction)
-            hardest = select(-confidence, cfg.fraction)  # only to report the overlap
+        elif keep == "random":
+            generator = torch.Generator().manual_seed(seed_for(cfg.seed, "random rows"))
+            score = torch.rand(len(everything), generator=generator)
         if keep != "all":
-            record_selection(name, rows, hardest, training, cfg)
+            # Step 3. Keep the rows that the method favours: ftft those whose p(gold) swings most.
+            rows = select(score, cfg.fraction)
+            record_selection(name, rows, confidence, training, cfg)
         # Step 4. Fine-tune the large main model on those rows only (erm: on all).
         phase = fine_tune(name, rows, training, dev, cfg, run)
         run["cost"][name] = (source_flops + phase["flops"]) / phase["erm_flops"]
         write_json(Path(cfg.out, "run.json"), run)
-    if ranks()[0] == 0:
+    if ranks()[0] == 0:  # the run is complete
         Path(cfg.out, "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -304,14 +306,14 @@ def main(cfg):
 Encoded = collections.namedtuple("Encoded", "inputs lengths labels tokenizer")
 
 
-def load(name, device, classes=None):
-    """A pretrained model with a head for these classes, or as it is (None), and its tokenizer.
+def load(name, device, classes=()):
+    """A pretrained model with a head for these classes, or as it is (none), and its tokenizer.
 
     Weights are float32 even if stored in fp16, as DeBERTa-v3's are. A model is refused if weights
     of its encoder would be random; a pooler may be, as it belongs to the head. A trained head stays
     only if it has these classes in this order.
     """
-    names = {"id2label": dict(enumerate(classes or []))}
+    names = {"id2label": dict(enumerate(classes))}
     names["label2id"] = {label: i for i, label in names["id2label"].items()}
     logging.disable(logging.WARNING)  # the libraries warn of new heads and retries
     transformers.utils.logging.disable_progress_bar()
@@ -321,7 +323,7 @@ def load(name, device, classes=None):
         hub, safe = MODELS.get(name, name), {"trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(hub, **safe)
         config = transformers.AutoConfig.from_pretrained(hub, **safe)
-        same = [*map(str.lower, config.id2label.values())] == [*map(str.lower, classes or [])]
+        same = [*map(str.lower, config.id2label.values())] == [*map(str.lower, classes)]
         config.update({"problem_type": None, **(names if classes else {})})
         config.pad_token_id = config.pad_token_id or tokenizer.pad_token_id
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -468,11 +470,12 @@ def load_dynamics(folder, run):
     return logits, labels, flops
 
 
-def record_selection(name, rows, hardest, training, cfg):
+def record_selection(name, rows, confidence, training, cfg):
     """Say how the kept rows differ from all rows, and enter it with them in selected.json."""
     share = lambda found: round(found.float().mean().item(), 4)
     classes = {label: [share(training.labels[rows] == i), share(training.labels == i)]
                for i, label in enumerate(training.names)}
+    hardest = None if confidence is None else select(-confidence, cfg.fraction)
     overlap = None if hardest is None else share(torch.isin(rows, hardest))
     path = Path(cfg.out, "selected.json")
     selected = json.loads(path.read_text()) if path.exists() else {}
@@ -603,8 +606,8 @@ def read(source, like=None, limit=None):
     names = like.names if like else sorted({*golds}, key=lambda x: (len(x) * x.isdecimal(), x))
     require(like or len({*map(str.lower, names)}) == len(names),
             f"{source}: has labels that differ in case only, of {some(names)}; make them the same")
-    golds = [names.index(label) for label in golds]  # the class non-X, before eval.py's non-X
-    return Examples(texts, torch.tensor(golds), names)
+    # index finds the first: a class that is called non-X, before the non-X that eval.py adds.
+    return Examples(texts, torch.tensor([names.index(label) for label in golds]), names)
 
 
 def load_task(cfg):
@@ -672,8 +675,6 @@ def built_in_model(name, names, device):
 
 
 # ------------------------------ machinery: fast, exactly
-
-# Work on which no result depends is left out.
 
 
 def compute_less(model):
