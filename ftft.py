@@ -45,8 +45,8 @@ import transformers
 
 # A phase trains one model: the reference, or the main model by one of the methods. keep: which rows
 # it trains on (ambiguous: those of the highest variability); source: the phase whose data map
-# chooses them; stops: it may stop early. A phase that may not, the reference or plain fine-tuning
-# (ERM), logs its dynamics.
+# chooses them; stops: it may stop early. The two that may not, the reference and plain fine-tuning
+# (ERM), log their dynamics.
 Method = collections.namedtuple("Method", "keep source stops")
 METHODS = {"ref": Method("all", None, False),
            "erm": Method("all", None, False),
@@ -84,7 +84,7 @@ def settings(argv=None):
     add("--skip-epochs", type=int, default=0, help="leave the first N epochs out of the data map")
 
     add = parser.add_argument_group("data").add_argument
-    add("--task", choices=["nli", "hsd", "built-in"], help="the paper's nli (default) or hsd")
+    add("--task", choices=["nli", "hsd", "built-in"], help="the paper's nli (with --main) or hsd")
     add("--data", metavar="DIR", help="folder with the task's files, read instead of the Hub")
     add("--train", metavar="FILE", help="your data: .jsonl, .csv, .tsv or owner/name:split (Hub)")
     add("--dev", nargs="+", action="extend", default=[], metavar="FILE",
@@ -151,7 +151,7 @@ def seed_for(*what):
 
 
 def since_best(curve, warmup):
-    """How many evaluations ago the dev score was highest: 0 for a new best, -1 for no evaluation.
+    """How many evaluations ago the dev score was highest: 0 for a new best, -1 if none counts.
 
     curve: [[step, score], ..]. Evaluations within the warm-up do not count; a tie is no new best.
     """
@@ -164,10 +164,10 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
     name: of the phase. data, dev: the tokenized training set and a list of dev sets (see Encoded).
     rows (k,): what to train on. steps: the budget, over which the learning rate decays, even if
-    training stops early. dynamics (epochs, n, classes): where to log the logits. Returns `done`.
+    training stops early. dynamics (epochs, n, classes): where to log the logits. Returns counts.
     """
     (rank, world), device = ranks(), model.device  # this process's number, and how many there are
-    seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es: as erm, but it may stop
+    seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es: order and dropout of erm
     warmup, epoch_steps = max(1, round(0.1 * steps)), math.ceil(len(rows) / cfg.batch_size)
     points = {math.ceil(steps * i / 12) for i in range(1, 13)}  # after these, evaluate and save
     net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(
@@ -175,7 +175,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-6, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "dev": []}  # [step, score]
+    done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "dev": []}  # dev: a curve
     done, best = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
     broken = torch.zeros((), device=device)  # above 0: a logit or a gradient was not finite
     order, began = None, time.perf_counter()
@@ -187,14 +187,14 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         epoch, place = divmod(step, epoch_steps)
         if place == 0 or order is None:
             order = batches(rows, data.lengths, cfg.batch_size, seed_for(*seeds, epoch))
-        batch = order[place]  # row numbers, of rows of like length
+        batch = order[place]  # row numbers (b,), of rows of like length
 
         # Forward and backward. Each process works through every world-th row, in pieces. The
         # gradient is that of sum(losses) / len(batch): each example of the batch weighs the same.
         model.train()
         torch.manual_seed(seed_for(*seeds, step, rank))  # so dropout has no state to save
         mine, weight, loss = batch[rank::world], 1 / len(batch), 0.0
-        if len(mine) == 0:  # a process without rows joins DDP's exchange with a row at weight 0
+        if len(mine) == 0:  # no row left: join DDP's exchange with a row at weight 0
             mine, weight = batch[:1], 0.0
         pieces = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum))
         for piece in pieces:
@@ -212,7 +212,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
                 dynamics[epoch, piece] = logits.detach()
             broken += ~logits.isfinite().all()
 
-        # Update. The rate rises from zero, in the first step, then falls to zero over the budget.
+        # Update. The rate is 0 in the first step, rises in the warm-up, then falls towards 0.
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / warmup, (steps - step) / max(1, steps - warmup))
         scaler.unscale_(optimizer)
@@ -262,9 +262,9 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 def main(cfg):
     """Run FTFT, and the methods to compare it with: they go through the same four steps.
 
-    `fine_tune`, in the machinery, loads a pretrained model with a new head, the same in each phase,
-    makes `dynamics` (all -inf) for the phases that log them, and calls `train`: for as many steps
-    as ERM has, or without dev sets a third of them. Then it saves the model and the dynamics.
+    `fine_tune`, in the machinery, loads a pretrained model with a new head, seeded alike in each
+    phase, makes `dynamics` (all -inf) where they are logged, calls `train`, and saves both. ERM
+    takes --epochs passes over all rows; the others at most as many steps, without dev sets a third.
     """
     training, dev = load_task(cfg)
     run = open_run(cfg, training, dev)
@@ -441,7 +441,7 @@ def fine_tune(name, rows, training, dev, cfg, run):
     with refusing(f"{name}: out of memory", remedy, torch.OutOfMemoryError):
         done = train(name, model, data, dev, rows, steps, lr, cfg, dynamics)
     restore()
-    # Of each parameter, a token takes two operations forward and four backward.
+    # For each parameter, a token takes two operations forward and four backward.
     flops, erm_tokens = 6 * size * done["tokens"], cfg.epochs * data.lengths.sum().item()
     run["phases"][name] = {"model": model_name, "lr": lr, "budget": steps, **done, "flops": flops,
                            "erm_flops": 6 * size * erm_tokens,
@@ -681,8 +681,8 @@ def compute_less(model):
     """Leave out what no head reads, in the model types for which this is tested."""
     if model.config.model_type not in ("deberta-v2", "bert", "roberta", "electra"):
         return
-    # The head reads the first token only. So all of the last layer but its attention computes only
-    # that token: the hook cuts (what attention found, the layer's input).
+    # The head reads the first token only. So the last layer computes only that token, once it has
+    # attended to all: the hook cuts (what attention found, the layer's input).
     last = model.base_model.encoder.layer[-1].attention
     last.output.register_forward_pre_hook(lambda _, states: tuple(x[:, :1] for x in states))
     for module in model.modules():
@@ -701,8 +701,8 @@ def nearest_positions(attention, args, kwargs):
 
 
 def compact_embeddings(model, sets):
-    """Train only the rows of the word table that these Encoded sets use: AdamW without weight decay
-    leaves a row without gradients alone. Returns a function that puts the others back."""
+    """Train only the rows of the word table that these Encoded sets use: without weight decay,
+    AdamW never moves a row of zero gradient. Returns a function that puts the others back."""
     table = model.get_input_embeddings()
     tied = [p for _, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
     if type(table) is not torch.nn.Embedding or len(tied) > 1:
