@@ -82,9 +82,9 @@ def read_tests(cfg, training=None):
         non_x = examples.labels.max().item()  # perhaps X / non-X, as in HANS: X's number + classes
         require(non_x < classes or {*examples.labels.tolist()} <= {non_x - classes, non_x},
                 f"{source}: its labels must be the training set's, or X and non-X for one X")
-        twins = [row for row, text in enumerate(examples.texts) if text in known]
+        twins = [text for text in examples.texts if text in known]
         lines.append(f"{kind} {name}: {len(examples.texts):,} rows" + (
-            f"; {len(twins)} are also training rows, such as {twins[:5]}" if twins else ""))
+            f"; {len(twins)} are training rows, too: {str(twins[0])[:50]} .." if twins else ""))
     return tests, lines
 
 

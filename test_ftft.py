@@ -536,7 +536,7 @@ def test_test_labels_go_by_name_and_rows_of_the_training_set_are_counted(tmp_pat
     cfg = settings("--train", write(tmp_path / "train.csv", items[:5]), "--test", f"ood={test}")
     tests, lines = measuring.read_tests(cfg)
     assert tests["ood", "test"].labels.tolist() == [3, 1, 1, 1, 0]  # a class, not all but x
-    assert len(lines) == 1 and "3 are also training rows, such as [0, 1, 2]" in lines[0]
+    assert len(lines) == 1 and "5 rows; 3 are training rows, too: ('blue',)" in lines[0]
 
 
 def test_learning_curves_begin_after_the_reference_and_end_at_the_cost(tmp_path, monkeypatch):
