@@ -53,7 +53,7 @@ COLUMNS = {  # of the table on training: digits, and what it says
     "seconds": (0, "of training, without the reference's"),
     "dev": (1, "best dev score in %"),
     "reached": (2, "share of ERM's steps at which it first was at ERM's best score; -: never"),
-    "ERM then": (1, "ERM's best dev score until it had cost as much"),
+    "ERM then": (1, "ERM's best dev score up to that cost"),
     "hardest": (1, "share of its rows, in %, that hard would keep, too"),
     "again": (1, "share of its rows, in %, kept in another run")}
 

@@ -864,7 +864,9 @@ if __name__ == "__main__":
     if several:
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in wanted.device else "cpu:gloo")
     try:
-        eval.read_tests(wanted)  # finds a bad test file now, not after days
+        _, lines = eval.read_tests(wanted)  # finds a bad test file now, not after days
+        for line in lines if ranks()[0] == 0 else ():
+            print(line)
         main(wanted)
         rank, _ = ranks()
         if dist.is_initialized():
