@@ -1,8 +1,8 @@
 """Measure what ftft.py trained: in distribution (ID), out of distribution (OOD), adversarially.
 
-  python eval.py runs/a                     # score the run's models, if not yet done; show a table
-  python eval.py runs/a runs/b runs/c       # several seeds of one setting: mean ± std
-  python eval.py MODEL --task nli           # any classifier, a folder or Hub id; or --test ood=..
+  python eval.py runs/a                  # score the run's models, if not yet done; show a table
+  python eval.py runs/a runs/b runs/c    # several seeds of one setting: mean ± std
+  python eval.py MODEL --test ood=b.csv  # any classifier, a folder or Hub id; by default on NLI
 
 The kinds of set, with an item each of the NLI task:
 
@@ -23,69 +23,43 @@ import argparse
 import functools
 import itertools
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ftft import (METHODS, SHORT, Examples, built_in, data_map, encode, fingerprint, load,
-                  load_dynamics, load_task, metrics, predict, read, refusing, require, settings,
-                  some, write, write_json)
+from ftft import (METHODS, NLI, RANK, Examples, built_in, data_map, encode, fingerprint, load,
+                  load_dynamics, metrics, predict, read, refusing, require, say, settings, some,
+                  write, write_json)
 
 KINDS = {"id": "ID", "ood": "OOD", "adversarial": "adversarial"}
-TESTS = {  # kind, name, on the Hub, and the authors' own file under --data
-    "nli": [*[("id", f"mnli_{half}", f"nyu-mll/multi_nli:validation_{half}",
-               f"multinli_1.0/multinli_1.0_dev_{half}.jsonl")
-              for half in ("matched", "mismatched")],
-            ("ood", "hans", "tasksource/hans:validation", "heuristics_evaluation_set.jsonl"),
-            ("ood", "wanli", "alisawuffles/WANLI:test", "wanli/test.jsonl"),
-            *[("adversarial", f"anli_r{r}", f"facebook/anli:test_r{r}",
-               f"anli_v1.0/R{r}/test.jsonl") for r in (1, 2, 3)]],
-    "hsd": [("id", "cad_dev", None, "cad/cad_uid.dev"),
-            *[("adversarial", f"dynahate_r{r}_{form}", None, f"dynahate/r{r}_{form}.test")
-              for r in (2, 3, 4) for form in ("original", "perturbation")]]}
 COLUMNS = {  # of the table on training: digits, and what it says
-    "cost": (2, "relative to ERM, a reference's included"),
-    "examples": (0, "trained on, repeats counted"),
+    "cost": (2, "training FLOPs relative to ERM, a reference's included"),
     "seconds": (0, "of training, without the reference's"),
     "dev": (1, "best dev score in %"),
     "reached": (2, "share of ERM's steps at which it first was at ERM's best score; -: never"),
-    "ERM then": (1, "ERM's best dev score up to that cost"),
-    "hardest": (1, "share of its rows, in %, that hard would keep, too"),
-    "again": (1, "share of its rows, in %, kept in another run")}
+    "shared": (1, "share of its rows, in %, that ftft and dm both keep; by chance, --fraction")}
 
 
 # ------------------------------ scoring
 
 
-def read_tests(cfg, training=None):
-    """The test sets of a run, {(kind, name): Examples}, and a line on each. `training`: the
-    training set, if it has been read; of a saved classifier only the classes matter."""
-    if cfg.task == "built-in":
-        sets, _ = built_in()
-        return {(kind, kind): sets[kind] for kind in KINDS}, []
-    training = training or load_task(cfg)[0]
-    wanted = [(kind, name, f"{cfg.data}/{file}" if cfg.data else hub or file)
-              for kind, name, hub, file in TESTS.get(cfg.task, []) if not cfg.test]
-    for kind, _, path in (test.partition("=") for test in cfg.test):
-        require(kind in KINDS and path, f"--test {kind}: write id=FILE, ood=.. or adversarial=..")
-        wanted.append((kind, Path(path).stem, path))
-    tests, lines, known, classes = {}, [], set(training.texts), len(training.names)
+def read_tests(cfg, training):
+    """The test sets of a run, {(kind, name): Examples}. Of `training`, only the classes matter, and
+    the texts, to count those that are in a test set, too."""
+    tests, classes = {}, len(training.names)
     like = training._replace(names=training.names + [f"non-{name}" for name in training.names])
-    for kind, name, source in wanted:
+    for kind, _, source in (test.partition("=") for test in cfg.test):
+        require(kind in KINDS and source, f"--test {kind}: write id=FILE, ood=.. or adversarial=..")
+        name = Path(source).stem.removeprefix("built-in:")
         require(name not in [other for _, other in tests],
                 f"--test {source}: another set is called {name} too; rename the file")
         examples = tests[kind, name] = read(source, like)
         non_x = examples.labels.max().item()  # perhaps X / non-X, as in HANS: X's number + classes
         require(non_x < classes or {*examples.labels.tolist()} <= {non_x - classes, non_x},
                 f"{source}: its labels must be the training set's, or X and non-X for one X")
-        twins = [text for text in examples.texts if text in known]
-        lines.append(f"{kind} {name}: {len(examples.texts):,} rows" + (
-            f"; {len(twins)} are training rows, too: {str(twins[0])[:50]} .." if twins else ""))
-    return tests, lines
+    return tests
 
 
 def score(name, folder, cfg, tests=None):
@@ -93,65 +67,49 @@ def score(name, folder, cfg, tests=None):
     labels, as class numbers. Without `tests` they are read by the names of its classes."""
     model, tokenizer = load(str(folder), cfg.device)
     classes = [model.config.id2label[i].lower() for i in range(model.config.num_labels)]
-    training = Examples([], None, [SHORT.get(label, label) for label in classes])
-    tests, answers = tests or read_tests(cfg, training)[0], {}
+    tests, answers = tests or read_tests(cfg, Examples([], None, classes)), {}
     for (kind, test), examples in tests.items():
         predicted = predict(model, encode(model, tokenizer, examples, cfg), cfg).argmax(1)
         if (non_x := examples.labels.max()) >= len(classes):  # any class but X becomes non-X
             predicted[predicted != non_x - len(classes)] = non_x
         answers[f"{name}/{kind}/{test}"] = np.stack([predicted, examples.labels])
         right = (predicted == examples.labels).float().mean()
-        print(f"{name} on {test}: {right:.2%} right", file=sys.stderr)
+        say(f"{name} on {test}: {right:.2%} right")
     return answers
 
 
-def score_classifiers(args):
+def score_classifiers(names, tests):
     """Score saved classifiers, as if they were the methods of one run."""
-    chosen = {"--task": args.task or "nli", "--data": args.data, "--test": args.test}
-    options = [word for name, value in chosen.items() if value for word in (name, *np.ravel(value))]
-    cfg, answers = settings(["--main", args.names[0], "--methods", "erm", *options]), {}
-    for name in args.names:
+    cfg = settings(["--main", names[0], "--methods", "erm", "--test", *tests])
+    answers = {}
+    for name in names:
         require(not Path(name, "run.json").exists(), f"{name}: is a run; name {name}/ftft")
         answers |= score(name, name, cfg)
-    return {"": ({"config": vars(cfg), "phases": {}, "cost": {}}, answers)}
+    return {"": ({"config": vars(cfg), "phases": {}, "selected": {}}, answers)}
 
 
-def score_run(folder, run):
-    """Score a run's models on each test set; write that, then model cards and figures."""
+def score_run(folder, run, answers):
+    """Add what is not yet in `answers`: how each model of a run does on each test set. Write them,
+    the scores, then the figures."""
     here = run["config"]["device"] if torch.cuda.is_available() else "cpu"  # no GPU here
     cfg = argparse.Namespace(**run["config"] | {"out": str(folder), "device": here})
-    training = load_task(cfg)[0]
-    require(fingerprint(training) == run["fingerprints"][0], f"{folder}: restore its training set")
-    tests, lines = read_tests(cfg, training)
-    print(*lines, sep="\n", file=sys.stderr)
-    answers, results = {}, {}
+    training = read(cfg.train, limit=cfg.limit)
+    require(fingerprint(training) == run["fingerprint"], f"{folder}: restore its training set")
+    tests, scored = read_tests(cfg, training), {key.split("/")[0] for key in answers}
     for method in run["phases"]:
-        answers |= score(method, folder / method, cfg, tests)
-        results[method] = {kind: {test: metrics(*answers[f"{method}/{kind}/{test}"])
-                                  for k, test in tests if k == kind} for kind in KINDS}
-        write_card(folder / method, run, results[method])
+        if method not in scored and tests:
+            answers |= score(method, folder / method, cfg, tests)
     write(folder / "predictions.npz",
           lambda partial: np.savez_compressed(open(partial, "wb"), **answers))
-    write_json(folder / "results.json", results)
-    for draw in (draw_data_map, draw_learning_curves):  # last: the scores are worth more
+    write_json(folder / "results.json", {method: {kind: {
+        test: metrics(*answers[f"{method}/{kind}/{test}"]) for k, test in tests if k == kind}
+        for kind in KINDS} for method in run["phases"]})
+    for draw in (draw_data_map, draw_learning_curves) if RANK == 0 else ():  # last: scores matter
         try:
             draw(folder, run)
         except Exception as error:
-            print(f"{draw.__name__}: no figure ({error})", file=sys.stderr)
-
-
-def write_card(folder, run, results):
-    """README.md of a saved model: how it was made and how it scores."""
-    cfg, model = run["config"], run["phases"][folder.name]["model"]
-    scores = [f"| {KINDS[kind]} | {test} | {100 * r['accuracy']:.2f} | {100 * r['macro-f1']:.2f} | "
-              f"{r['n']} |" for kind, tests in results.items() for test, r in tests.items()]
-    flags = [shlex.join([f"--{key.replace('_', '-')}", *map(str, np.ravel(value))])
-             for key, value in cfg.items() if value not in (None, [])]
-    (folder / "README.md").write_text("\n".join([
-        f"# {model}, fine-tuned on {cfg['train'] or cfg['task']} ({folder.name})", "",
-        "Trained with FTFT in one file (Du, Gatt, Nguyen; arXiv 2310.06588) by:", "",
-        "    python ftft.py " + " ".join(flags), "",
-        "| kind | set | accuracy | macro-F1 | n |", "|---|---|---|---|---|", *scores, ""]))
+            say(f"{draw.__name__}: no figure ({error})")
+    return answers
 
 
 # ------------------------------ the tables
@@ -161,21 +119,22 @@ def load_runs(folders):
     """{folder: (run.json, answers)} of runs of one setting; scores them if need be."""
     runs, first = {}, None
     for folder in map(Path, folders):
-        with refusing(f"{folder}: is no run", "for a classifier, add --task or --test"):
+        with refusing(f"{folder}: is no run", "for a classifier, add --test"):
             run = json.loads((folder / "run.json").read_text())
-        require({*run["config"]["methods"]} <= {*run["cost"]},
-                f"{folder}: did not finish; continue it: python ftft.py --resume {folder}")
-        selected = folder / "selected.json"
-        run["selected"] = json.loads(selected.read_text()) if selected.exists() else {}
-        if not (folder / "results.json").exists():
-            score_run(folder, run)
-        answers = dict(np.load(folder / "predictions.npz", allow_pickle=False))
+        require({*run["config"]["methods"]} <= {*run["phases"]},
+                f"{folder}: did not finish; give its command again")
+        run["selected"], results = (json.loads((folder / name).read_text()) if (
+            folder / name).exists() else {} for name in ("selected.json", "results.json"))
+        predicted = folder / "predictions.npz"
+        answers = dict(np.load(predicted, allow_pickle=False)) if predicted.exists() else {}
+        if {*run["phases"]} != {*results}:
+            answers = score_run(folder, run, answers)
         golds = {key: gold.tolist() for key, (_, gold) in answers.items()}
-        about = {**run["config"], "training set": run["fingerprints"], "test sets": golds,
+        about = {**run["config"], "training set": run["fingerprint"], "test sets": golds,
                  "models": [*run["phases"]]}
         first = first or about
-        unlike = [key for key in first if about[key] != first[key]
-                  and key not in ("seed", "out", "device", "dynamics", "resume")]
+        unlike = [key for key in first | about if about.get(key) != first.get(key)
+                  and key not in ("seed", "out", "device", "dynamics", "grad_accum")]
         require(not unlike, f"{folder}: differs from {folders[0]} in {some(unlike)}; show it alone")
         runs[str(folder)] = run, answers
     return runs
@@ -218,10 +177,6 @@ def compare(runs, against):
     for method in infos[0]["phases"]:
         told = [about_training(method, run) for run in infos]
         found["training"][method] = {key: [one[key] for one in told] for key in told[0]}
-        if method in infos[0]["selected"] and len(infos) > 1:
-            rows = [run["selected"][method]["rows"] for run in infos]
-            found["training"][method]["again"] = [
-                100 * np.isin(a, b).mean() for a, b in itertools.combinations(rows, 2)]
     scores = {}  # of a method on a set: (runs, 1 + draws)
     for _, answers in runs.values():
         for key, pair in answers.items():
@@ -242,23 +197,21 @@ def compare(runs, against):
 
 
 def about_training(method, run):
-    """{column: number or None} of a phase: what COLUMNS explains, and the share of each class."""
-    phase, erm, cost = run["phases"][method], run["phases"].get("erm"), run["cost"].get(method)
-    told = {"cost": cost, "examples": phase["examples"], "seconds": phase["seconds"]}
+    """{column: number or None}: what COLUMNS explains, and how many of its rows are planted."""
+    phase, erm, selected = run["phases"][method], run["phases"].get("erm"), run["selected"]
+    told = {"cost": phase.get("cost"), "seconds": phase["seconds"]}
     if erm and erm["dev"]:
         own, its = ([(step / erm["budget"], 100 * score) for step, score in one["dev"]
                      if step > max(1, round(0.1 * one["budget"]))] for one in (phase, erm))
         goal = max((score for _, score in its), default=np.inf)
         told["dev"] = max((score for _, score in own), default=None)
         told["reached"] = next((share for share, score in own if score >= goal), None)
-        told["ERM then"] = max((s for share, s in its if share <= (cost or 0)), default=None)
-    if run["selected"]:
-        whole = method not in run["selected"]  # trained on all rows
-        kept = [*run["selected"].values()][0] if whole else run["selected"][method]
-        told |= {label: 100 * shares[whole] for label, shares in kept["classes"].items()}
-        for name, mask in built_in()[1].items() if run["config"]["task"] == "built-in" else ():
-            told[name] = 100 * mask[... if whole else kept["rows"]].mean()
-        told["hardest"] = None if whole or kept["hardest"] is None else 100 * kept["hardest"]
+    other = {"ftft": "dm", "dm": "ftft"}.get(method)
+    if other in selected:
+        told["shared"] = 100 * np.isin(selected[method], selected[other]).mean()
+    if run["config"]["train"] == "built-in:train":
+        rows = selected.get(method, slice(run["config"]["limit"]))
+        told |= {f"{name} rows": 100 * mask[rows].mean() for name, mask in built_in()[1].items()}
     return told
 
 
@@ -300,13 +253,14 @@ def lay_out(rows, markdown):
 
 def draw_data_map(folder, run):
     """data_map.png: the examples; those that one method keeps stand out."""
-    method = next((m for m in ("ftft", "dm", "hard", "easy") if m in run["cost"]), None)
+    method = next((name for name in ("ftft", "dm", "hard", "easy") if name in run["phases"]), None)
     if method is None:
         return
-    path = run["config"]["dynamics"] if method != "dm" else None
-    logits, labels, _ = load_dynamics(path or folder / METHODS[method].source, run)
+    source = METHODS[method][1]
+    path = run["config"]["dynamics"] if source == "ref" else None
+    logits, labels, _ = load_dynamics(path or folder / source, run)
     y, x, correctness = map(np.asarray, data_map(logits, labels))
-    kept = np.isin(np.arange(len(x)), run["selected"][method]["rows"])
+    kept = np.isin(np.arange(len(x)), run["selected"][method])
     figure = Figure((5.5, 4), layout="constrained")
     axes = figure.subplots()
     for rows, alpha in ((~kept, 0.3), (kept, 1)):
@@ -323,21 +277,18 @@ def draw_learning_curves(folder, run):
     """learning_curves.png: dev score against cost, the reference's included."""
     figure = Figure((5.5, 4), layout="constrained")
     axes = figure.subplots()
-    methods = [method for method in run["cost"] if run["phases"][method]["dev"]]
-    for method, marker in zip(methods, itertools.cycle("osD^vP*")):
-        phase, told = run["phases"][method], about_training(method, run)
+    curves = [(name, phase) for name, phase in run["phases"].items() if "cost" in phase]
+    curves = [(name, phase) for name, phase in curves if phase["dev"]]
+    for (name, phase), marker in zip(curves, itertools.cycle("osD^vP*")):
         steps, scores = np.transpose(phase["dev"])
         own = phase["flops"] / phase["erm_flops"]  # spent in the end
-        cost = run["cost"][method] + own * (steps / phase["steps"] - 1)
-        line, = axes.plot(cost, 100 * scores, marker=marker, markersize=4, label=method,
-                          linewidth=4 if method == "erm" else 1.5)  # under erm-es
+        cost = phase["cost"] + own * (steps / phase["steps"] - 1)
+        line, = axes.plot(cost, 100 * scores, marker=marker, markersize=4, label=name)
         if phase["steps"] < phase["budget"]:
             axes.plot(cost[-1], 100 * scores[-1], "x", markersize=11, color=line.get_color())
-        if method != "erm" and told.get("ERM then"):
-            axes.vlines(cost[-1], 100 * scores[-1], told["ERM then"], line.get_color(), "dotted")
     axes.set(xlabel="cost relative to ERM", ylabel="mean dev score (%)")
-    if methods:
-        figure.legend(loc="outside right upper", title="x: stopped early\n.. to ERM's best")
+    if curves:
+        figure.legend(loc="outside right upper", title="x: stopped early")
         figure.savefig(folder / "learning_curves.png", dpi=200)
 
 
@@ -345,15 +296,15 @@ def main(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.error, add = lambda message: require(False, message), parser.add_argument
-    add("names", nargs="+", help="folders of runs; or classifiers, with --task or --test")
-    add("--task", choices=list(TESTS), help="score classifiers on the test sets of this task")
-    add("--data", help="folder with the files of these, read instead of the Hub")
-    add("--test", nargs="+", action="extend", default=[], help="or on these: id=FILE, ood=FILE, ..")
+    add("names", nargs="+", help="folders of runs; or classifiers, folders or Hub ids")
+    add("--test", nargs="+", default=[], help="score classifiers on id=FILE, ood=FILE, ..")
     add("--against", default="erm", help="compare the others with this method (default: erm)")
     add("--json", action="store_true", help="print all numbers as JSON")
     add("--markdown", action="store_true", help="print Markdown tables")
     args = parser.parse_args(argv)
-    runs = score_classifiers(args) if args.task or args.test else load_runs(args.names)
+    is_run = Path(args.names[0], "run.json").exists()
+    runs = load_runs(args.names) if is_run and not args.test else score_classifiers(
+        args.names, args.test or NLI["test"])
     found = compare(runs, args.against)
     known = [*found["methods"]]
     require(args.against in ("erm", *known), f"--against: give one of {some(known)}")
@@ -362,8 +313,9 @@ def main(argv=None):
             lay_out(scores, args.markdown), ""]
     if found["training"]:
         text += [f"{key}: {COLUMNS[key][1]}" for key in training[0] if key in COLUMNS]
-        text += ["class names: share of its rows, in %\n", lay_out(training, args.markdown)]
-    print(json.dumps(found, indent=1) if args.json else "\n".join(text))
+        text += ["", lay_out(training, args.markdown)]
+    if RANK == 0:
+        print(json.dumps(found, indent=1) if args.json else "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Shortcuts solve most training examples, so models that learn them break on out-of-distribution and
 adversarial input. A model becomes more robust if it trains on the examples that models keep
-changing their mind about, and a much smaller model can find these examples. This is FTFT (Du,
-Gatt and Nguyen, arXiv 2310.06588), in four steps:
+changing their mind about, and a much smaller model can find them. FTFT (Du, Gatt and Nguyen,
+arXiv 2310.06588) has four steps:
 
   1. Fine-tune a small reference model on all n training examples, and log its training dynamics:
      `dynamics` (epochs, n, classes) holds each example's logits in each epoch, as it trains.
@@ -15,8 +15,8 @@ Gatt and Nguyen, arXiv 2310.06588), in four steps:
   python ftft.py                                            # built-in task, offline, on a CPU
   python ftft.py --ref deberta-small --main deberta-large   # MultiNLI; tested on ANLI, HANS, WANLI
 
-The method ends with `main`; the rest is machinery. An example is always named by its row number
-in the training list, whichever model and tokenizer is at work.
+The same command again goes on with a run that was cut short. The method ends with `main`; the rest
+is machinery. Rows are numbered from 0, as in the training list.
 """
 import argparse
 import collections
@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 import zlib
@@ -40,79 +41,58 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 import transformers
+from safetensors import SafetensorError
 
 # ------------------------------ settings
 
-# A phase trains one model: the reference, or the main model by one of the methods. keep: which rows
-# it trains on (ambiguous: those of the highest variability); source: the phase whose data map
-# chooses them; stops: it may stop early. The two that may not, the reference and plain fine-tuning
-# (ERM), log their dynamics.
-Method = collections.namedtuple("Method", "keep source stops")
-METHODS = {"ref": Method("all", None, False),
-           "erm": Method("all", None, False),
-           "erm-es": Method("all", None, True),
-           "random": Method("random", None, True),
-           "easy": Method("easy", "ref", True),
-           "hard": Method("hard", "ref", True),
-           "dm": Method("ambiguous", "erm", True),  # dataset cartography: the main model chooses
-           "ftft": Method("ambiguous", "ref", True)}
-MODELS = {
-    **{f"deberta-{s}": f"microsoft/deberta-v3-{s}" for s in ("xsmall", "small", "base", "large")},
-    **{f"electra-{s}": f"google/electra-{s}-discriminator" for s in ("small", "base", "large")},
-    **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
-    **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")},
-    "bert-tiny": "prajjwal1/bert-tiny"}
-# Two untrained models, (layers, width), which need higher learning rates.
-BUILT_IN_MODELS = {"built-in-2x64": (2, 64), "built-in-4x128": (4, 128)}
-BUILT_IN = {"task": "built-in", "ref": "built-in-2x64", "main": "built-in-4x128",
-            "methods": ["ftft", "erm", "random"], "lr": 5e-4, "ref_lr": 1e-3}
+# How to train the main model: on which rows, and whose data map chooses them.
+METHODS = {"erm": ("all", None),  # plain fine-tuning (empirical risk minimization)
+           "erm-es": ("all", None),  # the same, stopped early
+           "random": ("random", None),
+           "easy": ("highest confidence", "ref"),
+           "hard": ("lowest confidence", "ref"),
+           "ftft": ("highest variability", "ref"),
+           "dm": ("highest variability", "erm")}  # dataset cartography: the main model's own map
+FULL = ("ref", "erm")  # these log dynamics and never stop early
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def settings(argv=None):
     """Read the command line. Returns the settings as a namespace, `cfg`."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Defaults are in brackets.", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("method").add_argument
-    add("--ref", help="reference model: a short name (deberta-small, ..), Hub id or local folder")
+    add("--ref", help="reference model: a short name (deberta-small, ..), Hub id or folder")
     add("--main", help="main model, likewise")
     add("--dynamics", metavar="DIR", help="an earlier reference to reuse, such as runs/a/ref")
-    add("--methods", nargs="+", choices=[name for name in METHODS if name != "ref"],
-        default=["ftft"], metavar="METHOD",
-        help="models to train: ftft (default), erm, erm-es, random, easy, hard, dm")
-    add("--fraction", type=float, default=0.33, help="share of the rows to keep (default: 0.33)")
-    add("--skip-epochs", type=int, default=0, help="leave the first N epochs out of the data map")
+    add("--methods", nargs="+", choices=METHODS, default=["ftft"], metavar="METHOD",
+        help="how to train the main model: ftft (default), erm, erm-es, random, easy, hard, dm")
+    add("--fraction", type=float, default=0.33, help="share of the rows to keep (0.33)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--task", choices=["nli", "hsd", "built-in"], help="the paper's nli (with --main) or hsd")
-    add("--data", metavar="DIR", help="folder with the task's files, read instead of the Hub")
-    add("--train", metavar="FILE", help="your data: .jsonl, .csv, .tsv or owner/name:split (Hub)")
-    add("--dev", nargs="+", action="extend", default=[], metavar="FILE",
-        help="sets for early stopping and for choosing the best weights")
-    add("--test", nargs="+", action="extend", default=[], metavar="FILE",
-        help="id=FILE, ood=FILE or adversarial=FILE, any number of each")
-    add("--limit", type=int, help="read only the first N training rows")
-    add("--metric", choices=["accuracy", "macro-f1"], help="default: accuracy; hsd: macro-f1")
-    add("--out", metavar="DIR", help="new folder for the run (default: runs/TASK-1, -2, ..)")
-    add("--resume", metavar="DIR", help="continue the run in this folder, with its own settings")
+    add("--train", metavar="FILE", help=".jsonl, .csv, .tsv or owner/name:split (Hub)")
+    add("--dev", nargs="+", default=[], metavar="FILE", help="sets to stop and choose weights by")
+    add("--test", nargs="+", default=[], metavar="KIND=FILE", help="KIND: id, ood or adversarial")
+    add("--limit", type=int, help="use only the first N training rows")
+    add("--metric", choices=["accuracy", "macro-f1"], default="accuracy", help="(accuracy)")
+    add("--out", metavar="DIR", help="folder of the run (runs/DATA-SEED)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=4, help="of the reference and erm (default: 4)")
-    add("--steps", type=int,
-        help="steps of other methods (default: as erm; a third of that without dev sets)")
-    add("--patience", type=int, default=2,
-        help="stop after this many evaluations, of 12, without a new best score (default: 2)")
-    add("--batch-size", type=int, default=32, help="rows in a step (default: 32)")
-    add("--lr", type=float,
-        help="learning rate of main models (default: 2e-5; over 200M backbone parameters, 1e-5)")
-    add("--ref-lr", type=float, default=2e-5, help="that of the reference (default: 2e-5)")
-    add("--max-length", type=int, default=300, help="cut inputs at N tokens (default: 300)")
-    add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows")
+    add("--epochs", type=int, default=4, help="of erm (4)")
+    add("--ref-epochs", type=int, help="of the reference (as --epochs)")
+    add("--steps", type=int, help="of the other methods (erm's; without --dev a third)")
+    add("--patience", type=int, default=2, help="stop after N of 12 evaluations without a rise (2)")
+    add("--batch-size", type=int, default=32, help="rows in a step (32)")
+    add("--lr", type=float, help="of the main model (2e-5; above 200M parameters 1e-5)")
+    add("--ref-lr", type=float, default=2e-5, help="of the reference (2e-5)")
+    add("--max-length", type=int, default=300, help="cut inputs at N tokens (300)")
+    add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows (0)")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", help="such as cuda or cpu (default: a GPU if there is one)")
-    add("--amp", choices=AMP, help="mixed precision (default: on cuda bf16 or fp16, else off)")
-    add("--grad-accum", type=int, default=1, help="pieces to split a batch into, to save memory")
+    add("--device", help="such as cuda or cpu (a GPU, if there is one)")
+    add("--amp", choices=AMP, help="mixed precision (on cuda bf16 or fp16, else off)")
+    add("--grad-accum", type=int, default=1, help="pieces to split a batch into, for memory (1)")
     return check(parser, argv)
 
 
@@ -122,7 +102,7 @@ def settings(argv=None):
 def data_map(dynamics, labels):
     """Statistics of each example over the epochs (Swayamdipta et al. 2020, section 2).
 
-    dynamics: logits (epochs, n, classes); labels: gold classes (n,). Returns three tensors (n,):
+    dynamics: logits (epochs, n, classes); labels: gold classes (n,). Returns, each (n,):
     confidence   mean of p(gold)
     variability  standard deviation of p(gold), dividing by the number of epochs
     correctness  share of the epochs in which the gold class had the highest logit
@@ -150,64 +130,52 @@ def seed_for(*what):
     return zlib.crc32(" ".join(map(str, what)).encode())
 
 
-def since_best(curve, warmup):
-    """How many evaluations ago the dev score was highest: 0 for a new best, -1 if none counts.
-
-    curve: [[step, score], ..]. Evaluations within the warm-up do not count; a tie is no new best.
-    """
-    scores = [score for step, score in curve if step > warmup]
-    return len(scores) - 1 - scores.index(max(scores)) if scores else -1
-
-
 def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     """Fine-tune `model` in place; it ends with the weights that did best on the dev sets, if any.
 
-    name: of the phase. data, dev: the tokenized training set and a list of dev sets (see Encoded).
-    rows (k,): what to train on. steps: the budget, over which the learning rate decays, even if
-    training stops early. dynamics (epochs, n, classes): where to log the logits. Returns counts.
+    data, dev: the training set and a list of dev sets, Encoded. rows (k,): what to train on.
+    steps: the budget. dynamics (epochs, n, classes): where to log the logits. Returns counts.
     """
-    (rank, world), device = ranks(), model.device  # this process's number, and how many there are
-    seeds = (cfg.seed, "erm" if name == "erm-es" else name)  # erm-es: order and dropout of erm
-    warmup, epoch_steps = max(1, round(0.1 * steps)), math.ceil(len(rows) / cfg.batch_size)
+    device, warmup = model.device, max(1, round(0.1 * steps))
+    epochs = math.ceil(steps / math.ceil(len(rows) / cfg.batch_size))
     points = {math.ceil(steps * i / 12) for i in range(1, 13)}  # after these, evaluate and save
-    net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(
-        model, find_unused_parameters=True, forward_sync_buffers=False)
+    # Row numbers go to the device now: within a step, the host never waits for it.
+    order = [(epoch, batch, batch.to(device)) for epoch in range(epochs) for batch in
+             batches(rows, data.lengths, cfg.batch_size, seed_for(cfg.seed, name, epoch))][:steps]
+    net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(
+        model, find_unused_parameters=True, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-6, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "dev": []}  # dev: a curve
-    done, best = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
+    done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0,
+            "dev": [], "best": -1.0, "waited": 0}  # [[step, score], ..]; evaluations since the best
+    done, best_weights = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
     broken = torch.zeros((), device=device)  # above 0: a logit or a gradient was not finite
-    order, began = None, time.perf_counter()
-    bar = tqdm.tqdm(desc=name, total=steps, initial=done["steps"], unit="example", leave=False,
-                    unit_scale=cfg.batch_size, disable=rank > 0 or None)  # None: if not a terminal
-    for step in range(done["steps"], steps):
-        if METHODS[name].stops and since_best(done["dev"], warmup) >= cfg.patience:
-            break  # here, not after evaluating: a run may be resumed just after its last evaluation
-        epoch, place = divmod(step, epoch_steps)
-        if place == 0 or order is None:
-            order = batches(rows, data.lengths, cfg.batch_size, seed_for(*seeds, epoch))
-        batch = order[place]  # row numbers (b,), of rows of like length
+    bar = tqdm.tqdm(order[done["steps"]:], name, steps, initial=done["steps"], unit="step",
+                    leave=False, disable=RANK > 0 or None)  # None: if not a terminal
+    model.train()
+    began = time.perf_counter()
+    for step, (epoch, batch, placed) in enumerate(bar, done["steps"]):
+        if name not in FULL and done["waited"] >= cfg.patience:
+            break  # here, for a run that was cut short may go on from the last evaluation
 
-        # Forward and backward. Each process works through every world-th row, in pieces. The
-        # gradient is that of sum(losses) / len(batch): each example of the batch weighs the same.
-        model.train()
-        torch.manual_seed(seed_for(*seeds, step, rank))  # so dropout has no state to save
-        mine, weight, loss = batch[rank::world], 1 / len(batch), 0.0
-        if len(mine) == 0:  # no row left: join DDP's exchange with a row at weight 0
-            mine, weight = batch[:1], 0.0
-        pieces = mine.split(math.ceil(cfg.batch_size / world / cfg.grad_accum))
-        for piece in pieces:
-            net.require_backward_grad_sync = piece is pieces[-1]  # DDP: exchange once
+        # Forward and backward, in pieces. Each process works through every WORLD-th row, and DDP
+        # averages their gradients: the result is the gradient of the batch's mean loss.
+        torch.manual_seed(seed_for(cfg.seed, name, step, RANK))  # so dropout has no state to save
+        mine, weight, loss = placed[RANK::WORLD], WORLD / len(batch), 0.0
+        if len(mine) == 0:  # DDP waits for all: without a row, join in with one at weight 0
+            mine, weight = placed[:1], 0.0
+        longest = data.lengths[batch].max().item()
+        pieces = mine.split(math.ceil(cfg.batch_size / WORLD / cfg.grad_accum))
+        for piece in pieces:  # row numbers (b,)
+            net.require_backward_grad_sync = piece is pieces[-1]  # DDP exchanges once a step
             with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
-                logits = net(**collate(data, piece, device)).logits.float()  # (piece, classes)
-            labels = data.labels[piece].to(device)
-            piece_loss = weight * F.cross_entropy(logits, labels, reduction="sum")
-            scaler.scale(world * piece_loss).backward()  # DDP averages over the processes
+                logits = net(**collate(data, piece, longest)).logits.float()  # (b, classes)
+            piece_loss = weight * F.cross_entropy(logits, data.labels[piece], reduction="sum")
+            scaler.scale(piece_loss).backward()
             loss += piece_loss.detach()
 
-            # Log the dynamics: in training mode (dropout is on) and before the update, as in
-            # dataset cartography and the authors' code. Nothing is copied to the host.
+            # Log the dynamics: with dropout, before the update, as cartography and the authors do.
             if dynamics is not None and weight:  # at weight 0, the row is another process's
                 dynamics[epoch, piece] = logits.detach()
             broken += ~logits.isfinite().all()
@@ -223,67 +191,77 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         optimizer.zero_grad()
         done["steps"] = after = step + 1
         done["examples"] += len(batch)
-        done["tokens"] += int(data.lengths[batch].sum())
-        bar.update()
+        done["tokens"] += data.lengths[batch].sum().item()
         if step % 50 == 0 or after in points:  # only now does the host wait for the device
-            loss = over_ranks(loss, dist.ReduceOp.SUM).item()
-            bar.set_postfix(step=after, loss=f"{loss:.3f}")
+            bar.set_postfix(loss=loss.item())
         if after not in points:
             continue
 
-        # Evaluate, keep the best. A tiny scale means that every fp16 step overflows.
+        # Evaluate, keep the best. Each overflow in fp16 halves the scale, from 65,536.
         require(not over_ranks(broken).item() and scaler.get_scale() > 1e-3, f"{name}: overflow or "
-                f"divergence by step {after}; start anew with a lower learning rate or --amp off")
+                f"divergence by step {after}; give a lower rate or --amp off, and a new --out")
         done["seconds"] += time.perf_counter() - began
-        report = f"{name}: step {after:,} of {steps:,}, loss {loss:.3f}"
+        report = f"{name}: step {after:,} of {steps:,}, loss {loss.item():.3f}"
         if dev:
-            score = np.mean([metrics(predict(model, one, cfg).argmax(1), one.labels)[cfg.metric]
-                             for one in dev]).item()
-            done["dev"].append([after, score])
+            score = np.mean([metrics(predict(model, one, cfg).argmax(1), one.labels.cpu())[
+                cfg.metric] for one in dev]).item()
+            model.train()
             report += f", dev {100 * score:.1f}"
-            if since_best(done["dev"], warmup) == 0:
-                best = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-        say(cfg, report)
+            done["dev"].append([after, score])
+            done["waited"] += after > warmup  # earlier, a good score is luck: it does not count
+            if after > warmup and score > done["best"]:
+                done["best"], done["waited"] = score, 0
+                best_weights = {key: x.cpu().clone() for key, x in model.state_dict().items()}
+        say(report)
 
         # Checkpoint.
         if dynamics is not None:
             over_ranks(dynamics)  # the maximum: one process wrote a cell, the others have -inf
-        save_checkpoint(cfg, name, parts, dynamics, done, best)
+        save_checkpoint(cfg, name, parts, dynamics, done, best_weights)
         began = time.perf_counter()
     bar.close()
-    if best:
-        model.load_state_dict(best)
+    model.load_state_dict(best_weights or model.state_dict())
     return done
 
 
 # ------------------------------ the run
 
 
-def main(cfg):
+def budget(name, n, cfg):
+    """The most steps of a phase: ref and erm take their epochs over all n rows; the others --steps,
+    by default as many as erm if dev sets can stop them, else a third."""
+    epochs = cfg.ref_epochs if name == "ref" else cfg.epochs
+    steps = epochs * math.ceil(n / cfg.batch_size)
+    if name not in FULL:
+        steps = cfg.steps or (steps if cfg.dev else round(steps / 3))
+    require(steps > 1, f"{name}: one step trains nothing; raise --epochs or --steps")
+    return steps
+
+
+def main(cfg, training, dev):
     """Run FTFT, and the methods to compare it with: they go through the same four steps.
 
-    `fine_tune`, in the machinery, loads a pretrained model with a new head, seeded alike in each
-    phase, makes `dynamics` (all -inf) where they are logged, calls `train`, and saves both. ERM
-    takes --epochs passes over all rows; the others at most as many steps, without dev sets a third.
+    training: Examples; dev: a list of them. `fine_tune` loads a model, makes its `dynamics` (for
+    ref and erm; at first all -inf), calls `train`, and saves both.
     """
-    training, dev = load_task(cfg)
-    run = open_run(cfg, training, dev)
+    run, todo = open_run(cfg, training)
     everything = torch.arange(len(training.labels))
-    folders = {"ref": cfg.dynamics or f"{cfg.out}/ref", "erm": f"{cfg.out}/erm"}
 
     # Step 1. Fine-tune the small reference model on everything, and log its training dynamics.
-    if not cfg.dynamics and "ref" in {METHODS[name].source for name in cfg.methods}:
+    if "ref" in todo:
         fine_tune("ref", everything, training, dev, cfg, run)
+        todo.remove("ref")
 
-    for name in cfg.methods:
-        keep, source, _ = METHODS[name]
+    for name in todo:
+        keep, source = METHODS[name]
         rows, confidence, source_flops = everything, None, 0
         if source:
-            # Step 2. Draw the data map of the reference (for dm, of the main model after erm) from
-            # all its epochs but those of --skip-epochs.
-            dynamics, labels, source_flops = load_dynamics(folders[source], run)
+            # Step 2. Draw the data map of the reference (for dm, of the main model by erm).
+            folder = cfg.dynamics if source == "ref" and cfg.dynamics else Path(cfg.out, source)
+            dynamics, labels, source_flops = load_dynamics(folder, run)
             confidence, variability, _ = data_map(dynamics, labels)
-            score = {"ambiguous": variability, "hard": -confidence, "easy": confidence}[keep]
+            score = {"highest variability": variability, "highest confidence": confidence,
+                     "lowest confidence": -confidence}[keep]
         elif keep == "random":
             generator = torch.Generator().manual_seed(seed_for(cfg.seed, "random rows"))
             score = torch.rand(len(everything), generator=generator)
@@ -292,105 +270,126 @@ def main(cfg):
             rows = select(score, cfg.fraction)
             record_selection(name, rows, confidence, training, cfg)
         # Step 4. Fine-tune the large main model on those rows only (erm: on all).
-        phase = fine_tune(name, rows, training, dev, cfg, run)
-        run["cost"][name] = (source_flops + phase["flops"]) / phase["erm_flops"]
-        write_json(Path(cfg.out, "run.json"), run)
-    if ranks()[0] == 0:  # the run is complete
+        fine_tune(name, rows, training, dev, cfg, run, source_flops)
+    if RANK == 0:  # the run is complete
         Path(cfg.out, "checkpoint.pt").unlink(missing_ok=True)
 
 
 # ------------------------------ machinery: models and batches
 
-# Tokenized examples: inputs, n dictionaries of int32 arrays (tokens,), named as the model calls
-# them; lengths (n,): in tokens; labels (n,); and the tokenizer, which pads them.
-Encoded = collections.namedtuple("Encoded", "inputs lengths labels tokenizer")
+MODELS = {
+    **{f"deberta-{s}": f"microsoft/deberta-v3-{s}" for s in ("xsmall", "small", "base", "large")},
+    **{f"electra-{s}": f"google/electra-{s}-discriminator" for s in ("small", "base", "large")},
+    **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
+    **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")}}
+
+# Tokenized examples. On the model's device: tokens {name: (all tokens,)}, row after row; row i has
+# those of starts[i]:ends[i]; labels (n,). On the CPU: lengths (n,). pad: the padding's number.
+Encoded = collections.namedtuple("Encoded", "tokens starts ends labels lengths pad")
 
 
 def load(name, device, classes=()):
     """A pretrained model with a head for these classes, or as it is (none), and its tokenizer.
 
-    Weights are float32 even if stored in fp16, as DeBERTa-v3's are. A model is refused if weights
-    of its encoder would be random; a pooler may be, as it belongs to the head. A trained head stays
-    only if it has these classes in this order.
+    Weights are float32, even if stored in fp16, as DeBERTa-v3's are. An encoder that would be
+    random is refused. A trained head stays only if it has these classes in this order.
     """
-    names = {"id2label": dict(enumerate(classes))}
-    names["label2id"] = {label: i for i, label in names["id2label"].items()}
+    head = {"id2label": dict(enumerate(classes)), "problem_type": None,
+            "label2id": dict(zip(classes, range(len(classes))))} if classes else {}
     logging.disable(logging.WARNING)  # the libraries warn of new heads and retries
     transformers.utils.logging.disable_progress_bar()
     if name in BUILT_IN_MODELS:
-        return built_in_model(name, names, device)
+        return built_in_model(name, head, device)
+    hub = name if Path(name).is_dir() else MODELS.get(name, name)
     with refusing(f"{name}: cannot be loaded on {device}", "give a short name, Hub id or folder"):
-        hub, safe = MODELS.get(name, name), {"trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(hub, **safe)
-        config = transformers.AutoConfig.from_pretrained(hub, **safe)
-        same = [*map(str.lower, config.id2label.values())] == [*map(str.lower, classes)]
-        config.update({"problem_type": None, **(names if classes else {})})
-        config.pad_token_id = config.pad_token_id or tokenizer.pad_token_id
+        tokenizer = transformers.AutoTokenizer.from_pretrained(hub, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(hub, trust_remote_code=False)
+        trained_for = [label.lower() for label in config.id2label.values()]
+        config.update(head)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             hub, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
-            output_loading_info=True, **safe)
+            output_loading_info=True, trust_remote_code=False)
         model.to(device)
-    base, missing = model.base_model_prefix + ".", info["missing_keys"]
-    missing |= {key for key, *_ in info["mismatched_keys"]}
-    if classes:
-        missing = {key for key in missing if key.startswith(base) and "pooler" not in key}
-        for key, layer in model.named_modules():
-            if not same and not key.startswith(base) and hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-    require(not missing, f"{name}: lacks {some(sorted(missing))}, which would be random")
     require(tokenizer.pad_token and tokenizer.padding_side == "right",
-            f"{name}: does not pad on the right; take an encoder such as bert-tiny")
-    for key, table in model.named_modules():
-        if key.endswith("position_embeddings"):  # RoBERTa's positions begin after its padding's
-            limit = table.num_embeddings - (table.padding_idx or -1) - 1
-            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+            f"{name}: has no padding token, or pads on the left; take an encoder such as bert-base")
+    base = model.base_model_prefix + "."
+    random = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if classes:  # the head, and the pooler that belongs to it, may be new
+        random = [key for key in random if key.startswith(base) and "pooler" not in key]
+    require(not random, f"{name}: lacks {some(sorted(random))}, which would be random")
+    has_head = all(key.startswith(base) for key in info["missing_keys"])
+    if classes and has_head and trained_for != [label.lower() for label in classes]:
+        for key, part in model.named_parameters():  # a new head, as transformers makes it
+            if not key.startswith(base) and "norm" not in key.lower():
+                part.data.normal_(0, getattr(config, "initializer_range", 0.02) * (part.ndim > 1))
     return model, tokenizer
 
 
 def encode(model, tokenizer, examples, cfg):
-    """Examples as Encoded, each cut at --max-length or at what the model can take."""
-    inputs, limit = [], min(cfg.max_length, tokenizer.model_max_length)
-    for start in range(0, len(examples.texts), 10_000):  # lists of Python integers take memory
-        columns = map(list, zip(*examples.texts[start:start + 10_000]))
-        tokens = tokenizer(*columns, truncation=True, max_length=limit, return_attention_mask=False)
-        inputs += [dict(zip(tokens, map(np.int32, row))) for row in zip(*tokens.values())]
-    lengths = torch.tensor([len(row["input_ids"]) for row in inputs])
-    largest = max(row["input_ids"].max() for row in inputs)
-    require(largest < len(model.get_input_embeddings().weight),
-            f"{tokenizer.name_or_path}: the model does not know token {largest}")
-    return Encoded(inputs, lengths, examples.labels, tokenizer)
+    """Examples as Encoded. Texts that the tokenizer or the model cannot take are refused."""
+    columns, lengths, unlike = collections.defaultdict(list), [], set()
+    limit = min(cfg.max_length, tokenizer.model_max_length)
+    name, device = model.name_or_path, model.device
+    for start in range(0, len(examples.texts), 10_000):  # Python's integers take much memory
+        texts = map(list, zip(*examples.texts[start:start + 10_000]))
+        part = tokenizer(*texts, truncation=True, max_length=limit, return_attention_mask=False)
+        lengths += map(len, part["input_ids"])
+        unlike.update(hash(tuple(ids)) for ids in part["input_ids"])
+        for key, rows in part.items():
+            columns[key].append(np.fromiter(itertools.chain(*rows), np.int32))
+    columns = {key: np.concatenate(parts) for key, parts in columns.items()}
+    ids = columns["input_ids"]
+    unknown = ids == tokenizer.unk_token_id
+    words = unknown | ~np.isin(ids, tokenizer.all_special_ids)
+    unknown, alike = unknown.sum() / max(1, words.sum()), 1 - len(unlike) / len({*examples.texts})
+    require(max(unknown, alike) <= 0.5 and ids.max() < len(model.get_input_embeddings().weight),
+            f"{name}: has no tokenizer, or another model's: {unknown:.0%} of the words are unknown "
+            f"and {alike:.0%} of the texts look the same; restore its files")
+    tokens = {key: torch.from_numpy(column).to(device) for key, column in columns.items()}
+    lengths = torch.tensor(lengths)
+    ends = lengths.cumsum(0).to(device)
+    data = Encoded(tokens, ends - lengths.to(device), ends, examples.labels.to(device), lengths,
+                   tokenizer.pad_token_id)
+    with refusing(f"{name}: cannot take these texts", "try a lower --max-length"), torch.no_grad():
+        row = lengths.argmax(0, keepdim=True)
+        model(**collate(data, row.to(device), lengths[row].item())).logits.sum().item()
+    return data
 
 
-def collate(data, rows, device):
-    """Model inputs for these rows, padded to the longest of them, each (rows, longest)."""
-    return data.tokenizer.pad([data.inputs[row] for row in rows], return_tensors="pt").to(device)
+def collate(data, rows, longest):
+    """Model inputs for these rows, each (rows, longest), gathered and padded on the device."""
+    at = data.starts[rows, None] + torch.arange(longest, device=rows.device)
+    real = at < data.ends[rows, None]  # (rows, longest)
+    inputs = {key: column[at * real].long() * real for key, column in data.tokens.items()}
+    inputs["input_ids"] += data.pad * ~real
+    return inputs | {"attention_mask": real.long()}
 
 
 def batches(rows, lengths, size, seed):
-    """One epoch's batches of `size` rows: each row once, among rows of like length.
-
-    Random batches of MultiNLI are 60% padding. So the shuffled rows are cut into pools. Each pool
-    is sorted by length, with some noise to vary which rows meet, and cut into batches.
-    """
+    """One epoch's batches of rows of like length: random batches of MultiNLI are 60% padding.
+    Shuffled rows are cut into pools; each is sorted by length, with noise to vary which rows meet,
+    and cut. The largest batch comes first: memory runs out at once or not at all."""
     generator = torch.Generator().manual_seed(seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     key = lengths * (1 + 0.05 * torch.rand(len(lengths), generator=generator))
-    cut = []
-    for pool in rows.split(100 * size):
-        cut += pool[key[pool].argsort()].split(size)
-    return [cut[i] for i in torch.randperm(len(cut), generator=generator)]
+    cut = [batch for pool in rows.split(100 * size)
+           for batch in pool[key[pool].argsort()].split(size)]
+    cut = [cut[i] for i in torch.randperm(len(cut), generator=generator)]
+    largest = max(range(len(cut)), key=lambda i: len(cut[i]) * lengths[cut[i]].max())
+    return [cut.pop(largest), *cut]
 
 
 @torch.no_grad()
 def predict(model, data, cfg):
     """Logits (n, classes) in evaluation mode, float32, on the CPU. Processes share the work."""
-    (rank, world), device = ranks(), model.device
+    device = model.device
     model.eval()
     logits = torch.full((len(data.labels), model.config.num_labels), -math.inf, device=device)
     longest_first = data.lengths.argsort(descending=True, stable=True)  # with little padding
-    for rows in longest_first.split(2 * cfg.batch_size)[rank::world]:
+    for rows in longest_first.split(2 * cfg.batch_size)[RANK::WORLD]:
+        longest, rows = data.lengths[rows[0]].item(), rows.to(device)
         with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
-            logits[rows] = model(**collate(data, rows, device)).logits.float()
+            logits[rows] = model(**collate(data, rows, longest)).logits.float()
     return over_ranks(logits).cpu()
 
 
@@ -400,225 +399,217 @@ def metrics(predicted, gold):
     classes = np.union1d(predicted, gold)[:, None]
     said, true = predicted == classes, gold == classes  # (classes, n)
     f1 = 2 * (said & true).sum(1) / (said.sum(1) + true.sum(1))  # (classes,)
-    accuracy = (predicted == gold).mean()
-    return {"accuracy": float(accuracy), "macro-f1": float(f1.mean()), "n": len(gold)}
-
-
-def backbone_size(model):
-    """Parameters that each token is multiplied with: all but the embedding tables."""
-    count = lambda part: sum(p.numel() for p in part.parameters())
-    tables = [part for part in model.modules() if isinstance(part, torch.nn.Embedding)]
-    size = count(model) - sum(map(count, tables))
-    if model.config.model_type == "albert":  # passes each token through a layer several times
-        repeats = model.config.num_hidden_layers // model.config.num_hidden_groups - 1
-        size += repeats * count(model.albert.encoder.albert_layer_groups)
-    return size
+    return {"accuracy": float((said & true).sum() / len(gold)), "macro-f1": float(f1.mean()),
+            "n": len(gold)}
 
 
 # ------------------------------ machinery: phases and runs
 
 
-def fine_tune(name, rows, training, dev, cfg, run):
-    """One phase: load a model, train it on these rows, save it in the run's folder under `name`,
-    with its dynamics if it never stops early; enter it in run.json and return the entry."""
-    folder, dynamics = Path(cfg.out, name), None
-    if folder.exists():  # done, and whole, before the run was resumed
-        return run["phases"][name]
-    model_name, lr = (cfg.ref, cfg.ref_lr) if name == "ref" else (cfg.main, cfg.lr)
+def open_run(cfg, training):
+    """Start a run, or go on with one. Returns what run.json holds, and the phases still to do."""
+    path, n, saved = Path(cfg.out, "run.json"), len(training.labels), None
+    run = {"config": vars(cfg), "processes": WORLD, "fingerprint": fingerprint(training),
+           "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
+           "device": torch.cuda.get_device_name() if "cuda" in cfg.device else cfg.device,
+           "phases": {}}
+    if path.exists():
+        saved = json.loads(path.read_text())
+        was, now = (one["config"] | {"processes": one["processes"], "data": one["fingerprint"]}
+                    for one in (saved, run))
+        unlike = [key for key in now if was.get(key) != now[key]
+                  and key not in ("methods", "out", "device", "grad_accum", "dynamics")]
+        require(not unlike, f"{cfg.out}: a run with other {some(unlike)}; name another --out")
+        cfg.methods = [*dict.fromkeys(saved["config"]["methods"] + cfg.methods)]
+        run = saved | {"config": saved["config"] | {"methods": cfg.methods}}
+    todo = [name for name in cfg.methods if not Path(cfg.out, name).exists()]
+    mapped = {METHODS[name][1] for name in cfg.methods}
+    if "ref" in mapped and not cfg.dynamics and not Path(cfg.out, "ref").exists():
+        todo.insert(0, "ref")
+    require(round(cfg.fraction * n) > 0, f"--fraction {cfg.fraction}: keeps none of {n} rows")
+    most = max(budget(name, n, cfg) for name in cfg.methods) / budget("erm", n, cfg)
+    if todo:  # what is wrong with a model, or with --dynamics, shows now, not after days
+        few = training._replace(texts=training.texts[:1000], labels=training.labels[:1000])
+        size = {cfg.ref: 0}  # if no reference is named
+        for name in filter(None, {cfg.main, cfg.ref}):
+            model, tokenizer = load(name, cfg.device, training.names)
+            encode(model, tokenizer, few, cfg)
+            size[name] = model.num_parameters(exclude_embeddings=True)
+        if cfg.dynamics:
+            load_dynamics(cfg.dynamics, run)
+        ref = size[cfg.ref] * cfg.ref_epochs / (size[cfg.main] * cfg.epochs)
+        say(f"{cfg.out}: of erm's cost, the reference has {ref:.2f}, a method at most {most:.2f}")
+    over_ranks(torch.zeros(1))  # before the first process writes, all have seen the same files
+    if run != saved:
+        write_json(path, run)
+    return run, todo
+
+
+def fine_tune(name, rows, training, dev, cfg, run, source_flops=0):
+    """One phase: load, train and save a model. source_flops: what choosing its rows took."""
+    model_name, epochs, lr = cfg.main, cfg.epochs, cfg.lr
+    if name == "ref":
+        model_name, epochs, lr = cfg.ref, cfg.ref_epochs, cfg.ref_lr
     torch.manual_seed(cfg.seed)  # for a new head: a model has the same one in all phases
     model, tokenizer = load(model_name, cfg.device, training.names)
     data, *dev = [encode(model, tokenizer, examples, cfg) for examples in (training, *dev)]
-    n, size = len(data.labels), backbone_size(model)
+    n, size = len(data.labels), model.num_parameters(exclude_embeddings=True)
+    steps, dynamics = budget(name, n, cfg), None
     lr = lr or (1e-5 if size > 200e6 else 2e-5)
-    steps = cfg.epochs * math.ceil(n / cfg.batch_size)
-    if METHODS[name].stops:
-        steps = cfg.steps or (steps if dev else max(1, round(steps / 3)))
-    else:
-        dynamics = torch.full((cfg.epochs, n, len(training.names)), -math.inf, device=cfg.device)
+    if name in FULL:
+        dynamics = torch.full((epochs, n, len(training.names)), -math.inf, device=cfg.device)
     compute_less(model)
     restore = compact_embeddings(model, [data, *dev])
-    remedy = f"start anew with --grad-accum {2 * cfg.grad_accum}, and --dynamics if ref is done"
-    with refusing(f"{name}: out of memory", remedy, torch.OutOfMemoryError):
+    remedy = f"give the same command again with --grad-accum {2 * cfg.grad_accum}"
+    with refusing(f"{model_name}: out of memory", remedy, torch.OutOfMemoryError):
         done = train(name, model, data, dev, rows, steps, lr, cfg, dynamics)
     restore()
-    # For each parameter, a token takes two operations forward and four backward.
-    flops, erm_tokens = 6 * size * done["tokens"], cfg.epochs * data.lengths.sum().item()
-    run["phases"][name] = {"model": model_name, "lr": lr, "budget": steps, **done, "flops": flops,
-                           "erm_flops": 6 * size * erm_tokens,
-                           "examples_per_second": done["examples"] / done["seconds"]}
+    # Per parameter, a token takes two operations forward and four backward.
+    phase = {"model": model_name, "lr": lr, "budget": steps, **done,
+             "examples_per_second": done["examples"] / done["seconds"],
+             "flops": 6 * size * done["tokens"],
+             "erm_flops": 6 * size * cfg.epochs * data.lengths.sum().item()}
+    if name != "ref":
+        phase["cost"] = (source_flops + phase["flops"]) / phase["erm_flops"]
+    run["phases"][name] = phase
     write_json(Path(cfg.out, "run.json"), run)
 
-    def save(partial):
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if dynamics is not None:
-            np.savez(partial / "dynamics.npz", logits=dynamics.cpu(), labels=training.labels,
-                     fingerprint=run["fingerprints"][0], flops=flops)
-    write(folder, save)
-    return run["phases"][name]
+    def save(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if dynamics is None:
+            return
+        logits, gold = dynamics.cpu(), training.labels
+        np.savez(folder / "dynamics.npz", logits=logits, labels=gold, flops=phase["flops"],
+                 fingerprint=run["fingerprint"])
+        labels = [training.names[label] for label in gold]
+        statistics = [values.tolist() for values in data_map(logits, gold)]
+        with open(folder / "data_map.csv", "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["row", "label", "confidence", "variability", "correctness"])
+            table.writerows(zip(range(n), labels, *statistics))
+    write(Path(cfg.out, name), save)
 
 
 def load_dynamics(folder, run):
-    """(logits, labels, FLOPs) of a reference in `folder`, without the epochs of --skip-epochs."""
+    """(logits, labels, FLOPs) of the phase in `folder`."""
     with (refusing(f"{folder}: cannot be read", "name the ref folder of a run"),
           np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
         logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
         flops, known = int(saved["flops"]), str(saved["fingerprint"])
-    require(known == run["fingerprints"][0], f"{folder}: has another training set; give that")
-    logits = logits[run["config"]["skip_epochs"]:]
-    require(len(logits) > 1, f"{folder}: --skip-epochs leaves fewer than two epochs; lower it")
+    require(known == run["fingerprint"] and len(logits) > 1,
+            f"{folder}: has another training set, or one epoch, where a data map needs two")
     return logits, labels, flops
 
 
 def record_selection(name, rows, confidence, training, cfg):
-    """Say how the kept rows differ from all rows, and enter it with them in selected.json."""
-    share = lambda found: round(found.float().mean().item(), 4)
-    classes = {label: [share(training.labels[rows] == i), share(training.labels == i)]
-               for i, label in enumerate(training.names)}
-    hardest = None if confidence is None else select(-confidence, cfg.fraction)
-    overlap = None if hardest is None else share(torch.isin(rows, hardest))
-    path = Path(cfg.out, "selected.json")
+    """Enter the kept rows in selected.json; say how they differ from all rows."""
+    path, gold = Path(cfg.out, "selected.json"), training.labels
     selected = json.loads(path.read_text()) if path.exists() else {}
-    selected[name] = {"rows": rows.tolist(), "fraction": cfg.fraction, "classes": classes,
-                      "hardest": overlap}
-    write_json(path, selected)
-    balance = some([f"{kept:.0%} {label} (of all {every:.0%})"
-                    for label, (kept, every) in classes.items()])
-    say(cfg, f"{name}: keeps {len(rows):,} of {len(training.labels):,} rows: {balance}"
-        + ("" if hardest is None else f"; {overlap:.0%} are among the hardest as well"))
-
-
-def open_run(cfg, training, dev):
-    """Make the run's folder, or read it on --resume. Returns what run.json holds; sets cfg.out."""
-    run = {"config": vars(cfg), "processes": ranks()[1],
-           "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
-           "device": torch.cuda.get_device_name() if "cuda" in cfg.device else cfg.device,
-           "fingerprints": [fingerprint(examples) for examples in (training, *dev)],
-           "phases": {}, "cost": {}}
-    if cfg.resume:
-        saved = json.loads(Path(cfg.out, "run.json").read_text())
-        require(all(saved[key] == run[key] for key in ("fingerprints", "processes")),
-                f"--resume: the data or the number of processes ({saved['processes']}) has changed "
-                "since; restore it")
-        return saved
-    n = len(training.labels)
-    all_rows = {METHODS[name].keep for name in cfg.methods} == {"all"}
-    require(all_rows or round(cfg.fraction * n) >= cfg.batch_size,
-            f"--fraction {cfg.fraction} of {n:,} rows is less than a batch; lower --batch-size")
-    if cfg.dynamics:
-        load_dynamics(cfg.dynamics, run)
-    for name in filter(None, (cfg.ref, cfg.main)):  # find a missing model now, not after days
-        load(name, cfg.device, training.names)
-    if ranks()[0] == 0:
-        task = cfg.task or Path(cfg.train).stem
-        free = (f"runs/{task}-{i}" for i in itertools.count(1))
-        cfg.out = cfg.out or next(path for path in free if not Path(path).exists())
-        with refusing(f"--out {cfg.out}: cannot be made", "name another or --resume this one"):
-            Path(cfg.out).mkdir(parents=True)
-    if dist.is_initialized():  # the first process names the folder
-        names = [cfg.out]
-        dist.broadcast_object_list(names)
-        cfg.out, = names
-    write_json(Path(cfg.out, "run.json"), run)
-    counts = zip(training.labels.bincount().tolist(), training.names)
-    say(cfg, f"{cfg.out}: {n:,} training rows: {some([f'{k:,} {label}' for k, label in counts])}")
-    return run
+    write_json(path, selected | {name: rows.tolist()})
+    shares = [f"{label} {(gold[rows] == i).float().mean():.0%} (of all "
+              f"{(gold == i).float().mean():.0%})" for i, label in enumerate(training.names)]
+    line = f"{name}: keeps {len(rows):,} of {len(gold):,} rows: {some(shares)}"
+    if confidence is not None:
+        hardest = torch.isin(rows, select(-confidence, cfg.fraction)).float().mean()
+        line += f"; {hardest:.0%} are among the hardest as well"
+    say(line)
 
 
 # ------------------------------ machinery: data
 
-# The paper's tasks: the training set, then the dev sets, each on the Hub (hsd is not there) and as
-# its authors' file in --data. As in the paper, the dev sets are out of distribution.
-TASKS = {
-    "nli": [("nyu-mll/multi_nli:train", "multinli_1.0/multinli_1.0_train.jsonl"),
-            *[(f"facebook/anli:dev_r{r}", f"anli_v1.0/R{r}/dev.jsonl") for r in (1, 2, 3)]],
-    "hsd": [(file, file) for file in ("cad/cad_uid.train", *(
-        f"dynahate/r{r}_{form}.dev" for r in (2, 3, 4) for form in ("original", "perturbation")))]}
+# The paper's task: the defaults if models are named, but no --train.
+NLI = {"train": "nyu-mll/multi_nli:train", "dev": [f"facebook/anli:dev_r{r}" for r in (1, 2, 3)],
+       "test": [*[f"id=nyu-mll/multi_nli:validation_{m}" for m in ("matched", "mismatched")],
+                "ood=tasksource/hans:validation", "ood=alisawuffles/WANLI:test",
+                *[f"adversarial=facebook/anli:test_r{r}" for r in (1, 2, 3)]]}
 TEXTS = [("premise", "hypothesis"), ("sentence1", "sentence2"), ("context", "hypothesis"),
-         ("text1", "text2"), ("text",), ("sentence",)]
+         ("text1", "text2"), ("question", "sentence"), ("text",), ("sentence",)]
 LABELS = ["label", "gold_label", "gold", "labels"]
-SHORT = {"e": "entailment", "n": "neutral", "c": "contradiction"}
+LONG = {"e": "entailment", "n": "neutral", "c": "contradiction", "non-e": "non-entailment"}
 
 # texts: n tuples, (premise, hypothesis) or (text,); labels (n,): class numbers; names: of classes
 Examples = collections.namedtuple("Examples", "texts labels names")
 
 
 def records(source):
-    """Yield (number, {column: value}) for each line of a file, or row of owner/name:split."""
-    number, kind = 0, Path(source).suffix
-    try:
-        if ":" in source and not Path(source).exists():
-            path, split = source.rsplit(":", 1)
-            table = datasets.load_dataset(path, split=split)
-            for number, row in enumerate(table, 1):
-                for name, column in table.features.items():  # each set numbers classes its own way
-                    if isinstance(column, datasets.ClassLabel) and row[name] not in (None, -1):
-                        row[name] = column.names[row[name]]
-                yield number, row
-            return
-        if kind not in (".jsonl", ".csv", ".tsv", ".train", ".dev", ".test"):
-            raise ValueError("give .jsonl, .csv, .tsv, or owner/name:split on the Hub")
-        with open(source, encoding="utf-8-sig", newline="") as lines:
+    """Yield {column: value} for each row of a file, of owner/name:split or of built-in:SET."""
+    kind, (name, _, split) = Path(source).suffix, source.rpartition(":")
+    if name == "built-in":
+        examples = built_in()[0][split]
+        for (text,), label in zip(examples.texts, examples.labels):
+            yield {"text": text, "label": examples.names[label]}
+    elif name and not Path(source).exists():
+        table = datasets.load_dataset(name, split=split)
+        classes = {column: feature.names for column, feature in table.features.items()
+                   if isinstance(feature, datasets.ClassLabel)}
+        for row in table:  # labels go by name: each set numbers its classes in its own way
+            yield row | {column: names[row[column]] for column, names in classes.items()
+                         if row[column] not in (None, -1)}
+    else:
+        require(kind in (".jsonl", ".csv", ".tsv"),
+                f"{source}: give .jsonl, .csv, .tsv, or owner/name:split on the Hub")
+        with open(source, encoding="utf-8-sig", newline="\n") as lines:
             if kind == ".jsonl":
-                rows = ((i, json.loads(line)) for i, line in enumerate(lines, 1) if line.strip())
-            else:  # CAD and DynaHate (.train, .dev, .test) are released without a header
-                header = None if kind in (".csv", ".tsv") else ["labels", "text", "uid"]
-                delimiter = "," if kind == ".csv" else "\t"
-                table = csv.DictReader(lines, header, delimiter=delimiter, strict=True)
-                rows = ((table.line_num, row) for row in table)
-            for number, row in rows:
-                yield number, row
-    except Exception as error:  # no such file, no network, not JSON, a quote never closed, ..
-        place = f" after line {number}" if number else ""
-        require(False, f"{source}: cannot be read{place} ({error}); mend it or its name")
+                yield from (json.loads(line) for line in lines if line.strip())
+                return
+            csv.field_size_limit(2**31 - 1)
+            table = csv.reader(lines, strict=True)
+            if kind == ".tsv":  # a line is a row, even if a text begins with a quotation mark
+                table = (line.rstrip("\r\n").split("\t") for line in lines)
+            header = [column.strip() for column in next(table, [])]
+            for row in filter(any, table):
+                if len(row) != len(header):
+                    raise ValueError(f"it has {len(row)} columns, the header {len(header)}")
+                yield dict(zip(header, row))
 
 
 def read(source, like=None, limit=None):
-    """The first `limit` rows of a file or of owner/name:split (Hub), as Examples. Rows without a
-    gold label (- or -1) are left out. `like`: Examples whose form and classes are to be kept."""
-    texts, golds, columns = [], [], None
-    known = {name.lower(): name for name in like.names} if like else {}
-    for number, row in itertools.islice(records(source), limit):
-        where = f"{source}, line {number}"
-        require(isinstance(row, dict) and None not in row, f"{where}: has a wrong count of columns")
-        if columns is None:
-            widths = {len(text) for text in like.texts[:1]} if like else set()
-            columns = next((c for c in TEXTS if {*c} <= {*row} and widths <= {len(c)}), None)
-            gold = next((name for name in LABELS if name in row), None)
-            require(columns and gold, f"{source}: has columns {some([*row])}; name them label and "
-                    "text, or label, premise and hypothesis, the same in all files")
-        text, label = tuple(row.get(name) for name in columns), row.get(gold)
-        label = str(label).strip() if isinstance(label, (str, int)) else ""
-        require(label and {*map(type, text)} == {str}, f"{where}: {' and '.join(columns)} must be "
-                f"text, {gold} text or an integer (- for none)")
-        if label in ("-", "-1"):
-            continue
-        if like and label not in like.names:
-            lower = label.lower()
-            label = known.get(lower) or known.get(SHORT.get(lower), label)
-            require(label in like.names, f"{where}: label {label} is none of {some(like.names)}")
-        texts.append(text)
-        golds.append(label)
-    require(golds, f"{source}: has no labelled row; give a file with at least one")
-    if not like and {*golds} <= {*SHORT}:
-        golds = [SHORT[label] for label in golds]
-    # Integers are in the order of their size, other names in that of the alphabet.
-    names = like.names if like else sorted({*golds}, key=lambda x: (len(x) * x.isdecimal(), x))
-    require(like or len({*map(str.lower, names)}) == len(names),
-            f"{source}: has labels that differ in case only, of {some(names)}; make them the same")
-    # index finds the first: a class that is called non-X, before the non-X that eval.py adds.
+    """The labelled of the first `limit` rows of a source, as Examples. like: the training set."""
+    texts, golds, columns, total = [], [], None, 0
+    try:
+        for row in itertools.islice(records(source), limit):
+            if not isinstance(row, dict):
+                raise ValueError("write one object a line")
+            if columns is None:
+                widths = {len(text) for text in like.texts[:1]} if like else set()
+                columns = next((c for c in TEXTS if {*c} <= {*row} and widths <= {len(c)}), None)
+                gold = next((name for name in LABELS if name in row), None)
+                if not (columns and gold):
+                    raise ValueError(f"it has {some([*map(repr, row)])}; name the columns label and"
+                                     " text, or label, premise and hypothesis, in all files")
+                unused = [name for name in row if name not in (*columns, gold)]
+            text, label = tuple(row[column] for column in columns), row.get(gold)
+            if isinstance(label, (list, dict)):
+                raise ValueError("its label is a list")
+            label = re.sub(r"^(-?\d+)\.0$", r"\1", "" if label is None else str(label).strip())
+            " ".join((*text, label)).encode()  # fails unless all are text, and at half an emoji
+            if label not in ("", "-", "-1", "nan"):
+                texts.append(text)
+                golds.append(label)
+            total += 1
+    except Exception as error:  # no such file, no network, not JSON, a quote never closed, ..
+        require(False, f"{source}: row {total + 1} cannot be read ({error}); mend it")
+    dropped = total - len(texts)
+    require(golds and 10 * dropped <= total, f"{source}: {dropped:,} of {total:,} rows have no "
+            "label (-, -1 and nan mean none); drop them, or rename the class")
+    line = (f"{source}: {len(texts):,} rows; columns {', '.join(columns)}, {gold}; not used "
+            f"{some(unused) or 'none'}; without a label {dropped:,}")
+    spelled_out = lambda label: LONG.get(label.lower(), label.lower())  # "E": entailment
+    if like:
+        names, seen = like.names, {*like.texts}
+        line += f"; of training {sum(text in seen for text in texts):,}"
+        # Of two with one name, the first: a class, before the non-X that eval.py adds.
+        known = {spelled_out(name): name for name in reversed(names)}
+        golds = [known.get(spelled_out(label), label) for label in golds]
+        others = sorted({*golds} - {*names})
+        require(not others, f"{source}: label {some(others)} is none of {some(names)}")
+    else:  # integers in the order of their size, other names in that of the alphabet
+        names = sorted({*golds}, key=lambda name: (len(name) * name.isdecimal(), name))
+        require(len({*map(spelled_out, names)}) == len(names) > 1, f"{source}: has the classes "
+                f"{some(names)}; give two or more, unlike in more than case")
+    say(line)
     return Examples(texts, torch.tensor([names.index(label) for label in golds]), names)
-
-
-def load_task(cfg):
-    """(training Examples, [dev Examples, ..])."""
-    if cfg.task == "built-in":
-        return built_in()[0]["train"], []
-    sources = [f"{cfg.data}/{file}" if cfg.data else hub for hub, file in TASKS.get(cfg.task, [])]
-    source, *dev = sources or [cfg.train]
-    training = read(source, limit=cfg.limit)
-    require(len(training.names) > 1, f"{source}: has one class; give rows of two or more")
-    return training, [read(path, training) for path in cfg.dev or dev]
 
 
 def fingerprint(examples):
@@ -629,6 +620,11 @@ def fingerprint(examples):
 
 # ------------------------------ machinery: the built-in task
 
+# The defaults if nothing is named. The models, of (layers, width), are untrained: higher rates.
+BUILT_IN_MODELS = {"built-in-2x64": (2, 64), "built-in-4x128": (4, 128)}
+BUILT_IN = {"train": "built-in:train", "ref": "built-in-2x64", "main": "built-in-4x128",
+            "test": [f"{kind}=built-in:{kind}" for kind in ("id", "ood", "adversarial")],
+            "methods": ["ftft", "erm", "random"], "lr": 5e-4, "ref_lr": 1e-3}
 WORDS = ["monday", "tuesday", "wednesday", *(f"thing{i}" for i in range(600))]
 
 
@@ -636,10 +632,9 @@ def built_in():
     """A task with known rules: each text lists things seen at a place; predict the place.
 
     A text reads "monday thing12 thing597 ..", its label coast. Of eight things, four belong to a
-    place, each in 8 of 10 cases to the right one: no single word decides. There is also
-    a shortcut: the day agrees with the place in 90% of the training and ID texts, by chance in the
-    OOD set, never in the adversarial one. 3% of the training labels are wrong. Returns the sets
-    {name: Examples} and what is planted in the training rows, {name: mask (n,)}.
+    place, each in 8 of 10 cases to the right one. As a shortcut, the day agrees with the place in
+    90% of training and ID texts, by chance in OOD, never in adversarial ones. 3% of the training
+    labels are wrong. Returns {set: Examples} and what is planted in training, {name: mask (n,)}.
     """
     rng = np.random.default_rng(0)  # fixed: --seed varies the training, never the data
     days, things = np.array(WORDS[:3]), np.array(WORDS[3:])  # 150 things a place and 150 of none
@@ -669,7 +664,7 @@ def built_in_model(name, names, device):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     model = transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=len(words), num_hidden_layers=layers, num_attention_heads=width // 32,
-        hidden_size=width, intermediate_size=4 * width, **names))
+        hidden_size=width, intermediate_size=4 * width, name_or_path=name, **names))
     tokens = {word: i for i, word in enumerate(words)}
     return model.to(device), transformers.BertTokenizer(tokens, model_max_length=64)
 
@@ -685,50 +680,49 @@ def compute_less(model):
     # attended to all: the hook cuts (what attention found, the layer's input).
     last = model.base_model.encoder.layer[-1].attention
     last.output.register_forward_pre_hook(lambda _, states: tuple(x[:, :1] for x in states))
+
+    def nearest_positions(attention, args, kwargs):
+        # Of DeBERTa's table of relative positions, n tokens use the middle 2n.
+        table = kwargs["rel_embeddings"]  # (2 * span, hidden)
+        span = len(table) // 2
+        attention.pos_ebd_size = width = min(args[0].shape[1], span)
+        return args, kwargs | {"rel_embeddings": table[span - width:span + width]}
+
     for module in model.modules():
         if hasattr(module, "pos_ebd_size") and (
                 module.position_buckets <= module.max_relative_positions):
             module.register_forward_pre_hook(nearest_positions, with_kwargs=True)
 
 
-def nearest_positions(attention, args, kwargs):
-    """Give DeBERTa's attention only the relative positions that occur: n tokens use the middle 2n
-    of the table's 2 * span."""
-    table = kwargs["rel_embeddings"]  # (2 * span, hidden)
-    span = len(table) // 2
-    attention.pos_ebd_size = width = min(args[0].shape[1], span)
-    return args, kwargs | {"rel_embeddings": table[span - width:span + width]}
-
-
 def compact_embeddings(model, sets):
-    """Train only the rows of the word table that these Encoded sets use: without weight decay,
-    AdamW never moves a row of zero gradient. Returns a function that puts the others back."""
-    table = model.get_input_embeddings()
+    """Train only the rows of the word table that these Encoded sets use, and renumber their tokens:
+    without weight decay, AdamW never moves the others. Returns a function that puts these back.
+    Numbers up to the padding's stay: RoBERTa tells positions by which tokens are padding."""
+    table, pad = model.get_input_embeddings(), sets[0].pad
     tied = [p for _, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
     if type(table) is not torch.nn.Embedding or len(tied) > 1:
         return lambda: None
-    used = [row["input_ids"] for data in sets for row in data.inputs]
-    used = np.union1d(np.concatenate(used), sets[0].tokenizer.pad_token_id)
-    new_id = torch.full((len(table.weight),), len(used))  # unused ids raise an error
-    new_id[used] = torch.arange(len(used))
-    new_id = new_id.to(model.device)
+    ids = [torch.arange(pad + 1, device=model.device), *(one.tokens["input_ids"] for one in sets)]
+    used, new_ids = torch.cat(ids).unique(return_inverse=True)  # ascending
+    for one, part in zip(sets, new_ids.split([*map(len, ids)])[1:]):
+        one.tokens["input_ids"] = part
     small = torch.nn.Embedding.from_pretrained(table.weight.detach()[used], freeze=False)
-    # Translated in the table, not in the batch: RoBERTa tells positions by which ids are padding.
-    small.register_forward_pre_hook(lambda _, ids: new_id[ids[0]])
     model.set_input_embeddings(small)
-    table.cpu()
 
     def restore():
-        table.weight.data[used] = small.weight.detach().cpu()
-        model.set_input_embeddings(table.to(model.device))
+        table.weight.data[used] = small.weight.detach()
+        model.set_input_embeddings(table)
     return restore
 
 
-# ------------------------------ machinery: files and errors
+# ------------------------------ machinery: files, errors and processes
+
+# torchrun starts several processes: the number of this one, and how many there are.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def require(condition, message):
-    """If a user's input is wrong, say in one line on stderr what to mend; exit with code 2."""
+    """Unless this holds, say in one line on stderr what the user can mend; exit with code 2."""
     if not condition:
         print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)  # on one line
         raise SystemExit(2)
@@ -736,7 +730,7 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def refusing(what, remedy, errors=Exception):
-    """Turn an error inside, which is the user's to mend, into the line that `require` prints."""
+    """Turn an error inside that the user can mend into a line, as `require` does."""
     try:
         yield
     except errors as error:
@@ -749,80 +743,66 @@ def some(names):
 
 
 def check(parser, argv):
-    """Parse the command line, refuse what cannot work, fill in what depends on other settings."""
+    """Parse the command line; refuse what cannot work; fill in what depends on other settings."""
     parser.error = lambda message: require(False, message)
     cfg = parser.parse_args(argv)
-    if cfg.resume:
-        words = sys.argv[1:] if argv is None else argv
-        require(sum(word.startswith("--") for word in words) == 1, "--resume: give no other option")
-        with refusing(f"--resume {cfg.resume}: cannot be read", "name the folder of a run"):
-            config = json.loads(Path(cfg.resume, "run.json").read_text())["config"]
-        return argparse.Namespace(**config | {"out": cfg.resume, "resume": cfg.resume})
-    own = cfg.data or cfg.train or cfg.dev or cfg.test or cfg.limit
-    if cfg.task == "built-in" or not (cfg.task or cfg.ref or cfg.main or cfg.dynamics or own):
-        require(not own, "--task built-in has its own data; leave out other data and --limit")
-        parser.set_defaults(**BUILT_IN | ({"ref": None} if cfg.dynamics else {}))
+    if cfg.train is None:
+        parser.set_defaults(**NLI if cfg.ref or cfg.main or cfg.dynamics else BUILT_IN)
         cfg = parser.parse_args(argv)
-    require(not (cfg.train and (cfg.task or cfg.data)), "--train: leave out --task and --data")
-    require(cfg.train or cfg.task or not (cfg.dev or cfg.test),
-            "--train is missing; give the training set, or --task nli for the paper's")
-    cfg.task = cfg.task or (None if cfg.train else "nli")
-    require(cfg.task != "hsd" or cfg.data, "--task hsd: is not on the Hub; give --data")
-    require(cfg.task == "built-in" or not {cfg.ref, cfg.main} & {*BUILT_IN_MODELS},
-            "the built-in models know the words of the built-in task only; name others")
-    if "dm" in cfg.methods:  # it needs the dynamics of erm
-        cfg.methods = ["erm", *cfg.methods]
+    require(cfg.train, "--train is missing")
+    if "dm" in cfg.methods:  # it needs the data map of erm
+        cfg.methods.insert(0, "erm")
     cfg.methods = [*dict.fromkeys(cfg.methods)]
-    sources = {METHODS[name].source for name in cfg.methods}
-    require(not (cfg.ref and cfg.dynamics), "--dynamics replaces --ref; give one of the two")
-    require(not cfg.dynamics or "ref" in sources, "--dynamics: none of the --methods needs it")
-    require(cfg.main and (cfg.ref or cfg.dynamics or "ref" not in sources),
-            "--ref or --main is missing; name two models, such as deberta-small and deberta-large")
-    least = {"seed": 0, "skip_epochs": 0, "max_length": 8, "fraction": 0, "lr": 1e-9,
-             "ref_lr": 1e-9}
+    cfg.ref_epochs = cfg.ref_epochs or cfg.epochs
+    cfg.out = cfg.out or f"runs/{Path(cfg.train.split(':')[0]).stem}-{cfg.seed}"
+    maps = {METHODS[name][1] for name in cfg.methods}
+    require(not (cfg.ref and cfg.dynamics), "--dynamics replaces --ref; give one of them")
+    require(cfg.main and (cfg.ref or cfg.dynamics or "ref" not in maps),
+            "name two models, such as --ref deberta-small --main deberta-large")
+    least = {"seed": 0, "max_length": 8, "fraction": 0, "lr": 1e-9, "ref_lr": 1e-9,
+             "epochs": 1 + ("erm" in maps),  # a data map needs two
+             "ref_epochs": 1 + ("ref" in maps and not cfg.dynamics)}
     for name, value in vars(cfg).items():
         require(not isinstance(value, (int, float)) or value >= least.get(name, 1),
                 f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}")
     require(cfg.fraction <= 1, f"--fraction {cfg.fraction}: must be at most 1")
-    reused = {None, "ref"} if cfg.dynamics else {None}
-    require(sources <= reused or cfg.epochs > cfg.skip_epochs + 1,
-            f"--epochs {cfg.epochs}: a data map needs two besides those of --skip-epochs")
     cfg.device = cfg.device or str(torch.accelerator.current_accelerator(True) or "cpu")
-    with refusing(f"--device {cfg.device}: cannot be used", "give cuda or cpu"):
+    with refusing(f"--device {cfg.device}", "give cuda or cpu"):
         torch.empty(1, device=cfg.device)
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cfg.amp = cfg.amp or (half if "cuda" in cfg.device else "off")
-    cfg.metric = cfg.metric or ("macro-f1" if cfg.task == "hsd" else "accuracy")
     return cfg
 
 
 def write(path, put):
-    """Let `put` write a file or folder under another name, then rename it to `path`: a run killed
-    at any moment leaves the whole or nothing. The first process writes, the others wait."""
-    if ranks()[0] == 0:
+    """Let `put` write to another name, then rename: a run killed at any moment leaves all of a
+    file or folder, or nothing. The first process writes."""
+    if RANK == 0:
         partial = path.with_name(path.name + ".partial")
-        with refusing(f"{path}: cannot be written", "make room, then continue with --resume"):
+        with refusing(f"{path}: cannot be written", "make room, then give the same command again",
+                      (OSError, RuntimeError, SafetensorError)):  # of Python, torch, safetensors
+            path.parent.mkdir(parents=True, exist_ok=True)
             put(partial)
+            for file in (partial, *partial.rglob("*")):
+                handle = os.open(file, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
             partial.replace(path)
-    if dist.is_initialized():
-        dist.barrier()
+    over_ranks(torch.zeros(1))  # the others wait
 
 
 def write_json(path, value):
     write(path, lambda partial: partial.write_text(json.dumps(value, indent=1)))
 
 
-def say(cfg, line):
-    """Print a line, and add it to log.txt."""
-    if ranks()[0] == 0:
-        tqdm.tqdm.write(line)
-        sys.stdout.flush()  # so that a log file shows it now
-        with open(Path(cfg.out, "log.txt"), "a") as log:
-            print(line, file=log)
+def say(line):
+    """Tell how the run goes, on stderr, in the first process."""
+    if RANK == 0:
+        tqdm.tqdm.write(line, file=sys.stderr)
 
 
 def save_checkpoint(cfg, name, parts, dynamics, done, best):
-    """Save all that `train` needs to go on from here to the same result."""
+    """All that `train` needs to go on from here to the same result."""
     state = {key: part.state_dict() for key, part in parts.items()}
     state |= {"phase": name, "dynamics": dynamics, "done": done, "best": best}
     write(Path(cfg.out, "checkpoint.pt"), lambda partial: torch.save(state, partial))
@@ -830,9 +810,8 @@ def save_checkpoint(cfg, name, parts, dynamics, done, best):
 
 def load_checkpoint(cfg, name, parts, dynamics):
     """Fill parts and dynamics in place; return (done, best). None if this phase left nothing."""
-    path, saved = Path(cfg.out, "checkpoint.pt"), {}
-    if cfg.resume and path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    path = Path(cfg.out, "checkpoint.pt")
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     if saved.get("phase") != name:
         return None
     for key, part in parts.items():
@@ -842,41 +821,24 @@ def load_checkpoint(cfg, name, parts, dynamics):
     return saved["done"], saved["best"]
 
 
-def ranks():
-    """(number of this process, how many there are): (0, 1), unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def over_ranks(tensor, operation=dist.ReduceOp.MAX):
-    """Each number's largest (or the sum) over all processes: in place, in every process."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
+def over_ranks(tensor):
+    """The largest of each number over all processes: in place, in every process."""
+    if WORLD > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
 if __name__ == "__main__":
     import eval  # not Python's eval but eval.py, which measures what this file trained
-    several = dist.is_torchelastic_launched()  # torchrun started several processes
-    if several and torch.cuda.is_available():
-        with refusing("torchrun --nproc-per-node", "start one process a GPU"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if WORLD > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one process a GPU
     wanted = settings()
-    if several:
+    if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in wanted.device else "cpu:gloo")
-    try:
-        _, lines = eval.read_tests(wanted)  # finds a bad test file now, not after days
-        for line in lines if ranks()[0] == 0 else ():
-            print(line)
-        main(wanted)
-        rank, _ = ranks()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if rank == 0:
-            eval.main([wanted.out])
-    except KeyboardInterrupt:
-        local = os.environ.get("LOCAL_WORLD_SIZE")
-        launcher = f"torchrun --nproc-per-node {local}" if local else "python"
-        command = f"{launcher} ftft.py --resume {wanted.out}"
-        if Path(wanted.out or "", "run.json").exists() and ranks()[0] == 0:
-            print(f"stopped; to continue: {command}", file=sys.stderr)
-        raise SystemExit(130)
+    data = read(wanted.train, limit=wanted.limit)
+    dev_sets = [read(source, data) for source in wanted.dev]
+    eval.read_tests(wanted, data)  # a bad test file shows now, not after days
+    main(wanted, data, dev_sets)
+    eval.main([wanted.out])
+    if WORLD > 1:
+        dist.destroy_process_group()
