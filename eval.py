@@ -23,6 +23,8 @@ import argparse
 import functools
 import itertools
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,7 @@ def read_tests(cfg, training):
     like = training._replace(names=training.names + [f"non-{name}" for name in training.names])
     for kind, _, source in (test.partition("=") for test in cfg.test):
         require(kind in KINDS and source, f"--test {kind}: write id=FILE, ood=.. or adversarial=..")
-        name = Path(source).stem.removeprefix("built-in:")
+        name = os.fsencode(Path(source).stem.removeprefix("built-in:")).decode(errors="replace")
         require(name not in [other for _, other in tests],
                 f"--test {source}: another set is called {name} too; rename the file")
         examples = tests[kind, name] = read(source, like)
@@ -104,7 +106,7 @@ def score_run(folder, run, answers):
     write_json(folder / "results.json", {method: {kind: {
         test: metrics(*answers[f"{method}/{kind}/{test}"]) for k, test in tests if k == kind}
         for kind in KINDS} for method in run["phases"]})
-    for draw in (draw_data_map, draw_learning_curves) if RANK == 0 else ():  # last: scores matter
+    for draw in (draw_data_map, draw_learning_curves) if RANK == 0 else ():  # last
         try:
             draw(folder, run)
         except Exception as error:
@@ -197,7 +199,7 @@ def compare(runs, against):
 
 
 def about_training(method, run):
-    """{column: number or None}: what COLUMNS explains, and how many of its rows are planted."""
+    """{column: number or None}: what COLUMNS explains, and which rows are planted."""
     phase, erm, selected = run["phases"][method], run["phases"].get("erm"), run["selected"]
     told = {"cost": phase.get("cost"), "seconds": phase["seconds"]}
     if erm and erm["dev"]:
@@ -315,6 +317,7 @@ def main(argv=None):
         text += [f"{key}: {COLUMNS[key][1]}" for key in training[0] if key in COLUMNS]
         text += ["", lay_out(training, args.markdown)]
     if RANK == 0:
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a locale without ±
         print(json.dumps(found, indent=1) if args.json else "\n".join(text))
 
 
