@@ -106,7 +106,7 @@ def score_run(folder, run, answers):
     write_json(folder / "results.json", {method: {kind: {
         test: metrics(*answers[f"{method}/{kind}/{test}"]) for k, test in tests if k == kind}
         for kind in KINDS} for method in run["phases"]})
-    for draw in (draw_data_map, draw_learning_curves) if RANK == 0 else ():  # last
+    for draw in (draw_data_map, draw_learning_curves) if RANK == 0 else ():
         try:
             draw(folder, run)
         except Exception as error:
@@ -317,7 +317,7 @@ def main(argv=None):
         text += [f"{key}: {COLUMNS[key][1]}" for key in training[0] if key in COLUMNS]
         text += ["", lay_out(training, args.markdown)]
     if RANK == 0:
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a locale without ±
+        sys.stdout.reconfigure(errors="backslashreplace")  # lest ± fails
         print(json.dumps(found, indent=1) if args.json else "\n".join(text))
 
 

@@ -1,4 +1,4 @@
-"""What ftft.py and eval.py promise, checked by independent routes: python -m pytest (offline)."""
+"""What ftft.py and eval.py promise, by independent routes: python -m pytest (offline)."""
 import contextlib
 import copy
 import csv
