@@ -317,7 +317,7 @@ def main(argv=None):
         text += [f"{key}: {COLUMNS[key][1]}" for key in training[0] if key in COLUMNS]
         text += ["", lay_out(training, args.markdown)]
     if RANK == 0:
-        sys.stdout.reconfigure(errors="backslashreplace")  # lest ± fails
+        sys.stdout.reconfigure(errors="backslashreplace")  # if ± fails
         print(json.dumps(found, indent=1) if args.json else "\n".join(text))
 
 
