@@ -79,12 +79,12 @@ def settings(argv=None):
     add("--out", metavar="DIR", help="folder of the run (runs/DATA-SEED)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=4, help="of erm (4)")
-    add("--ref-epochs", type=int, help="of the reference (as --epochs)")
-    add("--steps", type=int, help="of the other methods (erm's; without --dev a third)")
+    add("--epochs", type=int, default=4, help="passes of erm over all rows (4)")
+    add("--ref-epochs", type=int, help="those of the reference (as --epochs)")
+    add("--steps", type=int, help="of the other methods (as erm; without --dev a third)")
     add("--patience", type=int, default=2, help="stop after N of 12 evaluations without a rise (2)")
     add("--batch-size", type=int, default=32, help="rows in a step (32)")
-    add("--lr", type=float, help="of the main model (2e-5; above 200M parameters 1e-5)")
+    add("--lr", type=float, help="learning rate of the main model (2e-5; above 200M, 1e-5)")
     add("--ref-lr", type=float, default=2e-5, help="of the reference (2e-5)")
     add("--max-length", type=int, default=300, help="cut inputs at N tokens (300)")
     add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows (0)")
