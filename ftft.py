@@ -1,8 +1,8 @@
 """FTFT: fine-tune a large model on the training examples that a small model finds ambiguous.
 
 Shortcuts solve most training examples, so models that learn them break on out-of-distribution and
-adversarial input. A model becomes more robust if it trains on the examples that models keep
-changing their mind about, and a much smaller model can find them. FTFT (Du, Gatt and Nguyen,
+adversarial input. The idea: a model becomes more robust if it trains on the examples that models
+keep changing their mind about, and a much smaller model can find them. FTFT (Du, Gatt and Nguyen,
 arXiv 2310.06588) has four steps:
 
   1. Fine-tune a small reference model on all n training examples, and log its training dynamics:
@@ -53,7 +53,7 @@ METHODS = {"erm": ("all", None),  # plain fine-tuning (empirical risk minimizati
            "hard": ("lowest confidence", "ref"),
            "ftft": ("highest variability", "ref"),
            "dm": ("highest variability", "erm")}  # dataset cartography: the main model's own map
-FULL = ("ref", "erm")  # these log dynamics and never stop early
+FULL = ("ref", "erm")  # these log dynamics, and train to the end of their epochs
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
@@ -157,7 +157,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     began = time.perf_counter()
     for step, (epoch, batch, placed) in enumerate(bar, done["steps"]):
         if name not in FULL and done["waited"] >= cfg.patience:
-            break  # here, for a run that was cut short may go on from the last evaluation
+            break  # here, as a run that goes on may have used up its patience already
 
         # Forward and backward, in pieces. Each process works through every WORLD-th row, and DDP
         # averages their gradients: the result is the gradient of the batch's mean loss.
@@ -180,7 +180,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
                 dynamics[epoch, piece] = logits.detach()
             broken += ~logits.isfinite().all()
 
-        # Update. The rate is 0 in the first step, rises in the warm-up, then falls towards 0.
+        # Update. As in transformers, the rate is 0 in the first step, rises, then falls to 0.
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / warmup, (steps - step) / max(1, steps - warmup))
         scaler.unscale_(optimizer)
@@ -208,7 +208,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
             model.train()
             report += f", dev {100 * score:.1f}"
             done["dev"].append([after, score])
-            done["waited"] += after > warmup  # earlier, a good score is luck: it does not count
+            done["waited"] += after > warmup  # within the warm-up, none counts
             if after > warmup and score > done["best"]:
                 done["best"], done["waited"] = score, 0
                 best_weights = {key: x.cpu().clone() for key, x in model.state_dict().items()}
@@ -229,7 +229,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
 def budget(name, n, cfg):
     """The most steps of a phase: ref and erm take their epochs over all n rows; the others --steps,
-    by default as many as erm if dev sets can stop them, else a third."""
+    by default as many as erm if dev sets can stop them, else a third of that."""
     epochs = cfg.ref_epochs if name == "ref" else cfg.epochs
     steps = epochs * math.ceil(n / cfg.batch_size)
     if name not in FULL:
@@ -431,7 +431,7 @@ def open_run(cfg, training):
     if todo:  # what is wrong with a model, or with --dynamics, shows now, not after days
         few = training._replace(texts=training.texts[:1000], labels=training.labels[:1000])
         size = {cfg.ref: 0}  # if no reference is named
-        for name in filter(None, {cfg.main, cfg.ref}):
+        for name in filter(None, (cfg.ref, cfg.main)):
             model, tokenizer = load(name, cfg.device, training.names)
             encode(model, tokenizer, few, cfg)
             size[name] = model.num_parameters(exclude_embeddings=True)

@@ -1,4 +1,4 @@
-"""What ftft.py and eval.py promise, by independent routes: python -m pytest (offline)."""
+"""What ftft.py and eval.py promise, checked by independent routes: python -m pytest (offline)."""
 import contextlib
 import copy
 import csv
@@ -296,8 +296,9 @@ class Watch(TorchDispatchMode):
         return 0.0 if waits else function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("place", ["meta", pytest.param("cuda", marks=cuda)])
-def test_within_a_step_the_host_never_waits(place, fit, monkeypatch, kind="deberta-v2"):
+@pytest.mark.parametrize("kind, place", [("deberta-v2", "meta"), ("bert", "meta"), *(
+    pytest.param(kind, "cuda", marks=cuda) for kind in ("deberta-v2", "bert", "roberta"))])
+def test_within_a_step_the_host_never_waits(kind, place, fit, monkeypatch):
     printed = {1, 51, *range(5, 61, 5)}  # of 60 steps: these may wait
     watch, model, collate, adam = Watch(), encoder(kind, 0.1), ftft.collate, torch.optim.AdamW
     watch.noted = [[]]  # before, and in each step
@@ -793,7 +794,7 @@ def test_two_processes_give_what_one_gives_and_go_on(task, tmp_path, monkeypatch
     a, b = (np.load(f"{run}/ref/dynamics.npz")["logits"] for run in ("one", "two"))
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert read_json("one", "selected.json") == read_json("two", "selected.json")
-    start(task, "cut", *torchrun, awaited="ref*", how=signal.SIGTERM)  # it kills its processes
+    start(task, "cut", *torchrun, awaited="ref*", how=signal.SIGTERM)  # it ends its own
     start(task, "cut", *torchrun)
     assert results("cut") == results("two")
 
