@@ -296,9 +296,8 @@ class Watch(TorchDispatchMode):
         return 0.0 if waits else function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("kind, place", [("deberta-v2", "meta"), ("bert", "meta"), *(
-    pytest.param(kind, "cuda", marks=cuda) for kind in ("deberta-v2", "bert", "roberta"))])
-def test_within_a_step_the_host_never_waits(kind, place, fit, monkeypatch):
+@pytest.mark.parametrize("place", ["meta", pytest.param("cuda", marks=cuda)])
+def test_within_a_step_the_host_never_waits(place, fit, monkeypatch, kind="deberta-v2"):
     printed = {1, 51, *range(5, 61, 5)}  # of 60 steps: these may wait
     watch, model, collate, adam = Watch(), encoder(kind, 0.1), ftft.collate, torch.optim.AdamW
     watch.noted = [[]]  # before, and in each step
