@@ -117,7 +117,7 @@ def arguments(folder, models):
             "--train", write(folder / "train.jsonl", rows(48)),
             "--test", "id=" + write(folder / "same.jsonl", rows(20, 2)),
             "ood=" + write(folder / "hans.csv", relabel(rows(20, 3), HANS.get)),
-            *"--batch-size 8 --epochs 3 --fraction 0.5 --ref-lr 0.01 --lr 0.01 --dev".split(),
+            *"--batch-size 8 --epochs 3 --fraction 0.5 --ref-lr 0.02 --lr 0.01 --dev".split(),
             write(folder / "dev.tsv", rows(20, 1))]
 
 
@@ -231,7 +231,7 @@ def test_dropout_is_on_and_its_own_in_each_step_phase_and_seed(fit):
             model = encoder(dropout=0.2).eval()
             seen.append(fit(model, one, 6, "--seed", seed, name=name, dev=dev, lr=0.0)[:, 0, 0])
         assert torch.equal(*seen[-2:])
-    assert len({*torch.cat(seen).tolist()}) == 3 * 6  # the weights stay: only dropout differs
+    assert len({*torch.cat(seen).tolist()}) == 3 * 6  # only dropout differs
 
 
 def test_an_fp16_overflow_skips_the_step_and_uses_up_its_rate(fit, device):
@@ -264,7 +264,7 @@ def test_training_cut_anywhere_goes_on_to_the_same(fit, device, tmp_path, monkey
     data, save_checkpoint, cut, lives = encoded(rows(20), device), ftft.save_checkpoint, None, 0
     expected, whole = begin("whole")
     monkeypatch.setattr(ftft, "save_checkpoint", save_and_die)
-    while cut is None:
+    while cut is None and lives < 20:
         lives += 1
         with contextlib.suppress(Killed):
             found, cut = begin("cut")
@@ -300,7 +300,7 @@ class Watch(TorchDispatchMode):
 def test_within_a_step_the_host_never_waits(place, fit, monkeypatch, kind="deberta-v2"):
     printed = {1, 51, *range(5, 61, 5)}  # of 60 steps: these may wait
     watch, model, collate, adam = Watch(), encoder(kind, 0.1), ftft.collate, torch.optim.AdamW
-    watch.noted = [[]]  # before, and in each step
+    watch.noted = [[]]
     def begin_step(*args):
         if place == "cuda":
             torch.cuda.set_sync_debug_mode("default" if len(watch.noted) in printed else "error")
@@ -341,7 +341,7 @@ def test_a_batch_is_what_the_tokenizer_itself_pads(kind):
 
 @pytest.mark.parametrize("kind, heads, more", [
     ("deberta-v2", 6, {}), ("deberta-v2", 12, {}), ("deberta-v2", 16, {}),
-    ("deberta-v2", 2, {"max_relative_positions": 140}),  # below position_buckets
+    ("deberta-v2", 2, {"max_relative_positions": 140}),
     ("bert", 2, {}), ("roberta", 2, {}), ("electra", 2, {})])
 def test_what_is_left_out_changes_no_logit_and_no_gradient(kind, heads, more, device):
     plain = encoder(kind, hidden_size=64 * heads, num_attention_heads=heads, num_hidden_layers=2,
@@ -638,6 +638,7 @@ def test_costs_count_real_tokens_and_the_reference(a_run):
     tokens = 3 * sum(map(len, vocabulary()(as_examples(rows(48)).texts)["input_ids"]))  # 3 epochs
     flops = {name: phase["flops"] for name, phase in phases.items()}
     assert flops["erm"] == 6 * size * tokens and phases["ref"]["tokens"] == tokens
+    assert (phases["ref"]["lr"], phases["erm"]["lr"]) == (0.02, 0.01)
     for name, source in (("ftft", flops["ref"]), ("dm", flops["erm"]), ("random", 0), ("erm", 0)):
         assert phases[name]["cost"] == pytest.approx((flops[name] + source) / flops["erm"])
 
@@ -786,9 +787,9 @@ def test_two_processes_give_what_one_gives_and_go_on(task, tmp_path, monkeypatch
     model.classifier.out_proj.weight.data *= 3  # to clip some gradients: AdamW sees no scale
     steady = save(tmp_path / "steady", model)  # this model's pooler gets no gradient
     monkeypatch.chdir(tmp_path)
-    task += ["--ref", steady, "--main", steady, "--limit", "41"]  # in the last batch, one is alone
+    task += ["--ref", steady, "--main", steady, "--limit", "41", "--grad-accum", "2"]
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    main([*task, "--grad-accum", "2"], "one")
+    main([*task, "--grad-accum", "1"], "one")
     assert start(task, "two", *torchrun).count("accuracy in %") == 1
     a, b = (np.load(f"{run}/ref/dynamics.npz")["logits"] for run in ("one", "two"))
     np.testing.assert_allclose(a, b, atol=1e-5)
