@@ -55,6 +55,8 @@ METHODS = {"erm": ("all", None),  # plain fine-tuning (empirical risk minimizati
            "dm": ("highest variability", "erm")}  # dataset cartography: the main model's own map
 FULL = ("ref", "erm")  # these log dynamics, and train to the end of their epochs
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+# Which of torchrun's processes this is, and how many there are: alone, 0 and 1.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def settings(argv=None):
@@ -148,7 +150,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0,
-            "dev": [], "best": -1.0, "waited": 0}  # [[step, score], ..]; evaluations since the best
+            "dev": [], "best": -1.0, "waited": 0}  # dev: [step, score]s; waited: since the best
     done, best_weights = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
     broken = torch.zeros((), device=device)  # above 0: a logit or a gradient was not finite
     bar = tqdm.tqdm(order[done["steps"]:], name, steps, initial=done["steps"], unit="step",
@@ -289,23 +291,22 @@ Encoded = collections.namedtuple("Encoded", "tokens starts ends labels lengths p
 
 
 def load(name, device, classes=()):
-    """A pretrained model with a head for these classes, or as it is (none), and its tokenizer.
+    """A pretrained model with a new head for these classes, or as it is (none), and its tokenizer.
 
     Weights are float32, even if stored in fp16, as DeBERTa-v3's are. An encoder that would be
-    random is refused. A trained head stays only if it has these classes in this order.
+    random is refused.
     """
-    head = {"id2label": dict(enumerate(classes)), "problem_type": None,
-            "label2id": dict(zip(classes, range(len(classes))))} if classes else {}
+    names = {"id2label": dict(enumerate(classes)), "problem_type": None,
+             "label2id": dict(zip(classes, range(len(classes))))} if classes else {}
     logging.disable(logging.WARNING)  # the libraries warn of new heads and retries
     transformers.utils.logging.disable_progress_bar()
     if name in BUILT_IN_MODELS:
-        return built_in_model(name, head, device)
+        return built_in_model(name, names, device)
     hub = name if Path(name).is_dir() else MODELS.get(name, name)
     with refusing(f"{name}: cannot be loaded on {device}", "give a short name, Hub id or folder"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(hub, trust_remote_code=False)
         config = transformers.AutoConfig.from_pretrained(hub, trust_remote_code=False)
-        trained_for = [label.lower() for label in config.id2label.values()]
-        config.update(head)
+        config.update(names)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             hub, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
             output_loading_info=True, trust_remote_code=False)
@@ -317,11 +318,9 @@ def load(name, device, classes=()):
     if classes:  # the head, and the pooler that belongs to it, may be new
         random = [key for key in random if key.startswith(base) and "pooler" not in key]
     require(not random, f"{name}: lacks {some(sorted(random))}, which would be random")
-    has_head = all(key.startswith(base) for key in info["missing_keys"])
-    if classes and has_head and trained_for != [label.lower() for label in classes]:
-        for key, part in model.named_parameters():  # a new head, as transformers makes it
-            if not key.startswith(base) and "norm" not in key.lower():
-                part.data.normal_(0, getattr(config, "initializer_range", 0.02) * (part.ndim > 1))
+    for key, part in model.named_parameters() if classes else ():  # as transformers begins a head
+        if not key.startswith(base) and "norm" not in key.lower():
+            part.data.normal_(0, getattr(config, "initializer_range", 0.02) * (part.ndim > 1))
     return model, tokenizer
 
 
@@ -344,7 +343,7 @@ def encode(model, tokenizer, examples, cfg):
     unknown, alike = unknown.sum() / max(1, words.sum()), 1 - len(unlike) / len({*examples.texts})
     require(max(unknown, alike) <= 0.5 and ids.max() < len(model.get_input_embeddings().weight),
             f"{name}: has no tokenizer, or another model's: {unknown:.0%} of the words are unknown "
-            f"and {alike:.0%} of the texts look the same; restore its files")
+            f"and {alike:.0%} of the texts look the same; restore its files or name another")
     tokens = {key: torch.from_numpy(column).to(device) for key, column in columns.items()}
     lengths = torch.tensor(lengths)
     ends = lengths.cumsum(0).to(device)
@@ -431,14 +430,14 @@ def open_run(cfg, training):
     if todo:  # what is wrong with a model, or with --dynamics, shows now, not after days
         few = training._replace(texts=training.texts[:1000], labels=training.labels[:1000])
         size = {cfg.ref: 0}  # if no reference is named
-        for name in filter(None, (cfg.ref, cfg.main)):
+        for name in filter(None, dict.fromkeys((cfg.ref, cfg.main))):
             model, tokenizer = load(name, cfg.device, training.names)
             encode(model, tokenizer, few, cfg)
             size[name] = model.num_parameters(exclude_embeddings=True)
         if cfg.dynamics:
             load_dynamics(cfg.dynamics, run)
         ref = size[cfg.ref] * cfg.ref_epochs / (size[cfg.main] * cfg.epochs)
-        say(f"{cfg.out}: of erm's cost, the reference has {ref:.2f}, a method at most {most:.2f}")
+        say(f"{cfg.out}: of erm's cost, the reference takes {ref:.2f}, others at most {most:.2f}")
     over_ranks(torch.zeros(1))  # before the first process writes, all have seen the same files
     if run != saved:
         write_json(path, run)
@@ -524,7 +523,8 @@ NLI = {"train": "nyu-mll/multi_nli:train", "dev": [f"facebook/anli:dev_r{r}" for
                 "ood=tasksource/hans:validation", "ood=alisawuffles/WANLI:test",
                 *[f"adversarial=facebook/anli:test_r{r}" for r in (1, 2, 3)]]}
 TEXTS = [("premise", "hypothesis"), ("sentence1", "sentence2"), ("context", "hypothesis"),
-         ("text1", "text2"), ("question", "sentence"), ("text",), ("sentence",)]
+         ("text1", "text2"), ("question1", "question2"), ("question", "sentence"), ("text",),
+         ("sentence",)]
 LABELS = ["label", "gold_label", "gold", "labels"]
 LONG = {"e": "entailment", "n": "neutral", "c": "contradiction", "non-e": "non-entailment"}
 
@@ -716,9 +716,6 @@ def compact_embeddings(model, sets):
 
 
 # ------------------------------ machinery: files, errors and processes
-
-# torchrun starts several processes: the number of this one, and how many there are.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def require(condition, message):
