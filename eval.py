@@ -44,7 +44,7 @@ COLUMNS = {  # of the table on training: digits, and what it says
     "shared": (1, "share of its rows, in %, that ftft and dm both keep; by chance, --fraction")}
 
 
-# ------------------------------ scoring
+# ---------- scoring
 
 
 def read_tests(cfg, training):
@@ -114,7 +114,7 @@ def score_run(folder, run, answers):
     return answers
 
 
-# ------------------------------ the tables
+# ---------- the tables
 
 
 def load_runs(folders):
@@ -250,7 +250,7 @@ def lay_out(rows, markdown):
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
-# ------------------------------ figures
+# ---------- figures
 
 
 def draw_data_map(folder, run):

@@ -15,8 +15,8 @@ arXiv 2310.06588) has four steps:
   python ftft.py                                            # built-in task, offline, on a CPU
   python ftft.py --ref deberta-small --main deberta-large   # MultiNLI; tested on ANLI, HANS, WANLI
 
-The same command again goes on with a run that was cut short. The method ends with `main`; the rest
-is machinery. Rows are numbered from 0, as in the training list.
+The same command again goes on with a run that was cut short. The method ends with `main`. What
+follows is machinery.
 """
 import argparse
 import collections
@@ -28,7 +28,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 import zlib
@@ -43,7 +42,7 @@ import tqdm
 import transformers
 from safetensors import SafetensorError
 
-# ------------------------------ settings
+# ---------- settings
 
 # How to train the main model: on which rows, and whose data map chooses them.
 METHODS = {"erm": ("all", None),  # plain fine-tuning (empirical risk minimization)
@@ -60,10 +59,9 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def settings(argv=None):
-    """Read the command line. Returns the settings as a namespace, `cfg`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Defaults are in brackets.", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line into a namespace, `cfg`."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("method").add_argument
     add("--ref", help="reference model: a short name (deberta-small, ..), Hub id or folder")
     add("--main", help="main model, likewise")
@@ -76,7 +74,7 @@ def settings(argv=None):
     add("--train", metavar="FILE", help=".jsonl, .csv, .tsv or owner/name:split (Hub)")
     add("--dev", nargs="+", default=[], metavar="FILE", help="sets to stop and choose weights by")
     add("--test", nargs="+", default=[], metavar="KIND=FILE", help="KIND: id, ood or adversarial")
-    add("--limit", type=int, help="use only the first N training rows")
+    add("--limit", type=int, help="use the first N training rows")
     add("--metric", choices=["accuracy", "macro-f1"], default="accuracy", help="(accuracy)")
     add("--out", metavar="DIR", help="folder of the run (runs/DATA-SEED)")
 
@@ -98,7 +96,7 @@ def settings(argv=None):
     return check(parser, argv)
 
 
-# ------------------------------ data map and selection
+# ---------- data map and selection
 
 
 def data_map(dynamics, labels):
@@ -124,11 +122,11 @@ def select(score, fraction):
     return rows.sort().values
 
 
-# ------------------------------ the training loop
+# ---------- the training loop
 
 
 def seed_for(*what):
-    """A seed for what is named, such as (0, "ftft", 3): the same in every process and run."""
+    """A seed for what is named, such as (0, "ftft", 3): the same in every process."""
     return zlib.crc32(" ".join(map(str, what)).encode())
 
 
@@ -149,8 +147,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-6, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    done = {"steps": 0, "examples": 0, "tokens": 0, "seconds": 0.0,
-            "dev": [], "best": -1.0, "waited": 0}  # dev: [step, score]s; waited: since the best
+    done = {"steps": 0, "seconds": 0.0, "dev": [], "best": -1.0, "waited": 0}
     done, best_weights = load_checkpoint(cfg, name, parts, dynamics) or (done, None)
     broken = torch.zeros((), device=device)  # above 0: a logit or a gradient was not finite
     bar = tqdm.tqdm(order[done["steps"]:], name, steps, initial=done["steps"], unit="step",
@@ -159,7 +156,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     began = time.perf_counter()
     for step, (epoch, batch, placed) in enumerate(bar, done["steps"]):
         if name not in FULL and done["waited"] >= cfg.patience:
-            break  # here, as a run that goes on may have used up its patience already
+            break  # here: a run that goes on may have no patience left
 
         # Forward and backward, in pieces. Each process works through every WORLD-th row, and DDP
         # averages their gradients: the result is the gradient of the batch's mean loss.
@@ -192,9 +189,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         scaler.update()
         optimizer.zero_grad()
         done["steps"] = after = step + 1
-        done["examples"] += len(batch)
-        done["tokens"] += data.lengths[batch].sum().item()
-        if step % 50 == 0 or after in points:  # only now does the host wait for the device
+        if step % 50 == 0 or after in points:  # only now the host waits for the device
             bar.set_postfix(loss=loss.item())
         if after not in points:
             continue
@@ -222,21 +217,24 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         save_checkpoint(cfg, name, parts, dynamics, done, best_weights)
         began = time.perf_counter()
     bar.close()
+    seen = torch.cat([batch for _, batch, _ in order[:done["steps"]]])
+    done |= {"examples": len(seen), "tokens": data.lengths[seen].sum().item()}
     model.load_state_dict(best_weights or model.state_dict())
     return done
 
 
-# ------------------------------ the run
+# ---------- the run
 
 
 def budget(name, n, cfg):
-    """The most steps of a phase: ref and erm take their epochs over all n rows; the others --steps,
+    """The most steps of a phase. ref and erm take their epochs over all n rows; the others --steps:
     by default as many as erm if dev sets can stop them, else a third of that."""
     epochs = cfg.ref_epochs if name == "ref" else cfg.epochs
     steps = epochs * math.ceil(n / cfg.batch_size)
     if name not in FULL:
         steps = cfg.steps or (steps if cfg.dev else round(steps / 3))
-    require(steps > 1, f"{name}: one step trains nothing; raise --epochs or --steps")
+    require(steps > 1 and 0 < round(cfg.fraction * n) <= n,
+            f"{name}: too few steps or rows; change --epochs, --steps or --fraction")
     return steps
 
 
@@ -256,7 +254,7 @@ def main(cfg, training, dev):
 
     for name in todo:
         keep, source = METHODS[name]
-        rows, confidence, source_flops = everything, None, 0
+        rows, source_flops = everything, 0
         if source:
             # Step 2. Draw the data map of the reference (for dm, of the main model by erm).
             folder = cfg.dynamics if source == "ref" and cfg.dynamics else Path(cfg.out, source)
@@ -270,14 +268,14 @@ def main(cfg, training, dev):
         if keep != "all":
             # Step 3. Keep the rows that the method favours: ftft those whose p(gold) swings most.
             rows = select(score, cfg.fraction)
-            record_selection(name, rows, confidence, training, cfg)
+            record_selection(name, rows, training, cfg)
         # Step 4. Fine-tune the large main model on those rows only (erm: on all).
         fine_tune(name, rows, training, dev, cfg, run, source_flops)
     if RANK == 0:  # the run is complete
         Path(cfg.out, "checkpoint.pt").unlink(missing_ok=True)
 
 
-# ------------------------------ machinery: models and batches
+# ---------- machinery: models and batches
 
 MODELS = {
     **{f"deberta-{s}": f"microsoft/deberta-v3-{s}" for s in ("xsmall", "small", "base", "large")},
@@ -285,34 +283,29 @@ MODELS = {
     **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
     **{f"bert-{s}": f"google-bert/bert-{s}-uncased" for s in ("base", "large")}}
 
-# Tokenized examples. On the model's device: tokens {name: (all tokens,)}, row after row; row i has
-# those of starts[i]:ends[i]; labels (n,). On the CPU: lengths (n,). pad: the padding's number.
+# Tokenized examples. On the model's device: tokens {name: (all tokens,)}, those of row i from
+# starts[i] to ends[i]; labels (n,). On the CPU: lengths (n,). pad: the padding's number.
 Encoded = collections.namedtuple("Encoded", "tokens starts ends labels lengths pad")
 
 
 def load(name, device, classes=()):
     """A pretrained model with a new head for these classes, or as it is (none), and its tokenizer.
-
-    Weights are float32, even if stored in fp16, as DeBERTa-v3's are. An encoder that would be
-    random is refused.
-    """
+    Weights are float32: DeBERTa-v3's are stored in fp16."""
     names = {"id2label": dict(enumerate(classes)), "problem_type": None,
              "label2id": dict(zip(classes, range(len(classes))))} if classes else {}
-    logging.disable(logging.WARNING)  # the libraries warn of new heads and retries
+    logging.disable(logging.WARNING)  # libraries warn of new heads and retries
     transformers.utils.logging.disable_progress_bar()
     if name in BUILT_IN_MODELS:
         return built_in_model(name, names, device)
     hub = name if Path(name).is_dir() else MODELS.get(name, name)
-    with refusing(f"{name}: cannot be loaded on {device}", "give a short name, Hub id or folder"):
+    with refusing(f"{name}: cannot be loaded", "give a short name, Hub id or folder"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(hub, trust_remote_code=False)
-        config = transformers.AutoConfig.from_pretrained(hub, trust_remote_code=False)
-        config.update(names)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            hub, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
+            hub, **names, dtype=torch.float32, ignore_mismatched_sizes=True,
             output_loading_info=True, trust_remote_code=False)
         model.to(device)
     require(tokenizer.pad_token and tokenizer.padding_side == "right",
-            f"{name}: has no padding token, or pads on the left; take an encoder such as bert-base")
+            f"{name}: has no padding token, or pads on the left; take one like bert-base")
     base = model.base_model_prefix + "."
     random = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if classes:  # the head, and the pooler that belongs to it, may be new
@@ -320,32 +313,25 @@ def load(name, device, classes=()):
     require(not random, f"{name}: lacks {some(sorted(random))}, which would be random")
     for key, part in model.named_parameters() if classes else ():  # as transformers begins a head
         if not key.startswith(base) and "norm" not in key.lower():
-            part.data.normal_(0, getattr(config, "initializer_range", 0.02) * (part.ndim > 1))
+            part.data.normal_(0, getattr(model.config, "initializer_range", 0.02) * (part.ndim > 1))
     return model, tokenizer
 
 
 def encode(model, tokenizer, examples, cfg):
-    """Examples as Encoded. Texts that the tokenizer or the model cannot take are refused."""
-    columns, lengths, unlike = collections.defaultdict(list), [], set()
-    limit = min(cfg.max_length, tokenizer.model_max_length)
+    """Examples as Encoded, unless the tokenizer or the model cannot take them."""
     name, device = model.name_or_path, model.device
-    for start in range(0, len(examples.texts), 10_000):  # Python's integers take much memory
-        texts = map(list, zip(*examples.texts[start:start + 10_000]))
-        part = tokenizer(*texts, truncation=True, max_length=limit, return_attention_mask=False)
-        lengths += map(len, part["input_ids"])
-        unlike.update(hash(tuple(ids)) for ids in part["input_ids"])
-        for key, rows in part.items():
-            columns[key].append(np.fromiter(itertools.chain(*rows), np.int32))
-    columns = {key: np.concatenate(parts) for key, parts in columns.items()}
-    ids = columns["input_ids"]
+    rows = tokenizer(*map(list, zip(*examples.texts)), truncation=True, return_attention_mask=False,
+                     max_length=min(cfg.max_length, tokenizer.model_max_length))
+    columns = {key: np.fromiter(itertools.chain(*column), np.int32) for key, column in rows.items()}
+    ids, lengths = columns["input_ids"], torch.tensor([*map(len, rows["input_ids"])])
+    unlike = len({*map(tuple, rows["input_ids"])}) / len({*examples.texts})
     unknown = ids == tokenizer.unk_token_id
     words = unknown | ~np.isin(ids, tokenizer.all_special_ids)
-    unknown, alike = unknown.sum() / max(1, words.sum()), 1 - len(unlike) / len({*examples.texts})
-    require(max(unknown, alike) <= 0.5 and ids.max() < len(model.get_input_embeddings().weight),
-            f"{name}: has no tokenizer, or another model's: {unknown:.0%} of the words are unknown "
-            f"and {alike:.0%} of the texts look the same; restore its files or name another")
+    unknown = unknown.sum() / max(1, words.sum())
+    require(unknown <= 0.5 <= unlike and ids.max() < len(model.get_input_embeddings().weight),
+            f"{name}: has no tokenizer, or another's: {unknown:.0%} of the words are unknown, "
+            f"{1 - unlike:.0%} of the texts look the same; restore its files")
     tokens = {key: torch.from_numpy(column).to(device) for key, column in columns.items()}
-    lengths = torch.tensor(lengths)
     ends = lengths.cumsum(0).to(device)
     data = Encoded(tokens, ends - lengths.to(device), ends, examples.labels.to(device), lengths,
                    tokenizer.pad_token_id)
@@ -356,7 +342,7 @@ def encode(model, tokenizer, examples, cfg):
 
 
 def collate(data, rows, longest):
-    """Model inputs for these rows, each (rows, longest), gathered and padded on the device."""
+    """Model inputs for these rows, each (rows, longest), gathered on the device."""
     at = data.starts[rows, None] + torch.arange(longest, device=rows.device)
     real = at < data.ends[rows, None]  # (rows, longest)
     inputs = {key: column[at * real].long() * real for key, column in data.tokens.items()}
@@ -366,8 +352,8 @@ def collate(data, rows, longest):
 
 def batches(rows, lengths, size, seed):
     """One epoch's batches of rows of like length: random batches of MultiNLI are 60% padding.
-    Shuffled rows are cut into pools; each is sorted by length, with noise to vary which rows meet,
-    and cut. The largest batch comes first: memory runs out at once or not at all."""
+    Shuffled rows are cut into pools; each is sorted by length, with some noise, and cut. The
+    largest batch comes first: memory runs out at once or not at all."""
     generator = torch.Generator().manual_seed(seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     key = lengths * (1 + 0.05 * torch.rand(len(lengths), generator=generator))
@@ -380,11 +366,11 @@ def batches(rows, lengths, size, seed):
 
 @torch.no_grad()
 def predict(model, data, cfg):
-    """Logits (n, classes) in evaluation mode, float32, on the CPU. Processes share the work."""
+    """Logits (n, classes) in evaluation mode, on the CPU. Processes share the work."""
     device = model.device
     model.eval()
     logits = torch.full((len(data.labels), model.config.num_labels), -math.inf, device=device)
-    longest_first = data.lengths.argsort(descending=True, stable=True)  # with little padding
+    longest_first = data.lengths.argsort(descending=True, stable=True)
     for rows in longest_first.split(2 * cfg.batch_size)[RANK::WORLD]:
         longest, rows = data.lengths[rows[0]].item(), rows.to(device)
         with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
@@ -394,20 +380,20 @@ def predict(model, data, cfg):
 
 def metrics(predicted, gold):
     """Accuracy, macro-F1 (mean over the classes that occur) and n, from class numbers (n,)."""
-    predicted, gold = np.asarray(predicted), np.asarray(gold)
+    predicted, gold = map(np.asarray, (predicted, gold))
     classes = np.union1d(predicted, gold)[:, None]
     said, true = predicted == classes, gold == classes  # (classes, n)
-    f1 = 2 * (said & true).sum(1) / (said.sum(1) + true.sum(1))  # (classes,)
+    f1 = 2 * (said & true).sum(1) / (said.sum(1) + true.sum(1))
     return {"accuracy": float((said & true).sum() / len(gold)), "macro-f1": float(f1.mean()),
             "n": len(gold)}
 
 
-# ------------------------------ machinery: phases and runs
+# ---------- machinery: phases and runs
 
 
 def open_run(cfg, training):
-    """Start a run, or go on with one. Returns what run.json holds, and the phases still to do."""
-    path, n, saved = Path(cfg.out, "run.json"), len(training.labels), None
+    """Start a run, or go on with one. Returns what run.json holds, and the phases to do."""
+    path, saved = Path(cfg.out, "run.json"), None
     run = {"config": vars(cfg), "processes": WORLD, "fingerprint": fingerprint(training),
            "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
            "device": torch.cuda.get_device_name() if "cuda" in cfg.device else cfg.device,
@@ -422,34 +408,25 @@ def open_run(cfg, training):
         cfg.methods = [*dict.fromkeys(saved["config"]["methods"] + cfg.methods)]
         run = saved | {"config": saved["config"] | {"methods": cfg.methods}}
     todo = [name for name in cfg.methods if not Path(cfg.out, name).exists()]
-    mapped = {METHODS[name][1] for name in cfg.methods}
-    if "ref" in mapped and not cfg.dynamics and not Path(cfg.out, "ref").exists():
-        todo.insert(0, "ref")
-    require(round(cfg.fraction * n) > 0, f"--fraction {cfg.fraction}: keeps none of {n} rows")
-    most = max(budget(name, n, cfg) for name in cfg.methods) / budget("erm", n, cfg)
-    if todo:  # what is wrong with a model, or with --dynamics, shows now, not after days
-        few = training._replace(texts=training.texts[:1000], labels=training.labels[:1000])
-        size = {cfg.ref: 0}  # if no reference is named
-        for name in filter(None, dict.fromkeys((cfg.ref, cfg.main))):
-            model, tokenizer = load(name, cfg.device, training.names)
-            encode(model, tokenizer, few, cfg)
-            size[name] = model.num_parameters(exclude_embeddings=True)
+    if todo:  # a fault shows before training
+        for name in cfg.methods:
+            budget(name, len(training.labels), cfg)
+        for name in filter(None, (cfg.ref, cfg.main)):
+            encode(*load(name, cfg.device, training.names), training, cfg)
         if cfg.dynamics:
             load_dynamics(cfg.dynamics, run)
-        ref = size[cfg.ref] * cfg.ref_epochs / (size[cfg.main] * cfg.epochs)
-        say(f"{cfg.out}: of erm's cost, the reference takes {ref:.2f}, others at most {most:.2f}")
-    over_ranks(torch.zeros(1))  # before the first process writes, all have seen the same files
+    over_ranks(torch.zeros(1))  # before the first process writes, all have read
     if run != saved:
         write_json(path, run)
     return run, todo
 
 
 def fine_tune(name, rows, training, dev, cfg, run, source_flops=0):
-    """One phase: load, train and save a model. source_flops: what choosing its rows took."""
+    """Load, train and save a model: a phase. source_flops: what choosing its rows took."""
     model_name, epochs, lr = cfg.main, cfg.epochs, cfg.lr
     if name == "ref":
         model_name, epochs, lr = cfg.ref, cfg.ref_epochs, cfg.ref_lr
-    torch.manual_seed(cfg.seed)  # for a new head: a model has the same one in all phases
+    torch.manual_seed(cfg.seed)  # for a new head: the same in all phases
     model, tokenizer = load(model_name, cfg.device, training.names)
     data, *dev = [encode(model, tokenizer, examples, cfg) for examples in (training, *dev)]
     n, size = len(data.labels), model.num_parameters(exclude_embeddings=True)
@@ -457,9 +434,8 @@ def fine_tune(name, rows, training, dev, cfg, run, source_flops=0):
     lr = lr or (1e-5 if size > 200e6 else 2e-5)
     if name in FULL:
         dynamics = torch.full((epochs, n, len(training.names)), -math.inf, device=cfg.device)
-    compute_less(model)
-    restore = compact_embeddings(model, [data, *dev])
-    remedy = f"give the same command again with --grad-accum {2 * cfg.grad_accum}"
+    restore = leave_out(model, [data, *dev])
+    remedy = f"give the same command with --grad-accum {2 * cfg.grad_accum}"
     with refusing(f"{model_name}: out of memory", remedy, torch.OutOfMemoryError):
         done = train(name, model, data, dev, rows, steps, lr, cfg, dynamics)
     restore()
@@ -481,41 +457,36 @@ def fine_tune(name, rows, training, dev, cfg, run, source_flops=0):
         logits, gold = dynamics.cpu(), training.labels
         np.savez(folder / "dynamics.npz", logits=logits, labels=gold, flops=phase["flops"],
                  fingerprint=run["fingerprint"])
-        labels = [training.names[label] for label in gold]
-        statistics = [values.tolist() for values in data_map(logits, gold)]
+        table = zip(range(n), [training.names[label] for label in gold],
+                    *(values.tolist() for values in data_map(logits, gold)))
         with open(folder / "data_map.csv", "w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["row", "label", "confidence", "variability", "correctness"])
-            table.writerows(zip(range(n), labels, *statistics))
+            csv.writer(file).writerows(
+                [["row", "label", "confidence", "variability", "correctness"], *table])
     write(Path(cfg.out, name), save)
 
 
 def load_dynamics(folder, run):
     """(logits, labels, FLOPs) of the phase in `folder`."""
-    with (refusing(f"{folder}: cannot be read", "name the ref folder of a run"),
-          np.load(Path(folder, "dynamics.npz"), allow_pickle=False) as saved):
+    with refusing(f"{folder}: cannot be read", "name the ref folder of a run"):
+        saved = np.load(Path(folder, "dynamics.npz"), allow_pickle=False)
         logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
-        flops, known = int(saved["flops"]), str(saved["fingerprint"])
+        flops, known = int(saved["flops"]), saved["fingerprint"]
     require(known == run["fingerprint"] and len(logits) > 1,
-            f"{folder}: has another training set, or one epoch, where a data map needs two")
+            f"{folder}: is of another training set, or of one epoch")
     return logits, labels, flops
 
 
-def record_selection(name, rows, confidence, training, cfg):
-    """Enter the kept rows in selected.json; say how they differ from all rows."""
+def record_selection(name, rows, training, cfg):
+    """Enter the kept rows in selected.json; say their classes' shares."""
     path, gold = Path(cfg.out, "selected.json"), training.labels
     selected = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, selected | {name: rows.tolist()})
     shares = [f"{label} {(gold[rows] == i).float().mean():.0%} (of all "
               f"{(gold == i).float().mean():.0%})" for i, label in enumerate(training.names)]
-    line = f"{name}: keeps {len(rows):,} of {len(gold):,} rows: {some(shares)}"
-    if confidence is not None:
-        hardest = torch.isin(rows, select(-confidence, cfg.fraction)).float().mean()
-        line += f"; {hardest:.0%} are among the hardest as well"
-    say(line)
+    say(f"{name}: keeps {len(rows):,} of {len(gold):,} rows: {some(shares)}")
 
 
-# ------------------------------ machinery: data
+# ---------- machinery: data
 
 # The paper's task: the defaults if models are named, but no --train.
 NLI = {"train": "nyu-mll/multi_nli:train", "dev": [f"facebook/anli:dev_r{r}" for r in (1, 2, 3)],
@@ -543,12 +514,12 @@ def records(source):
         table = datasets.load_dataset(name, split=split)
         classes = {column: feature.names for column, feature in table.features.items()
                    if isinstance(feature, datasets.ClassLabel)}
-        for row in table:  # labels go by name: each set numbers its classes in its own way
+        for row in table:  # labels go by name: sets number their classes in different ways
             yield row | {column: names[row[column]] for column, names in classes.items()
                          if row[column] not in (None, -1)}
     else:
         require(kind in (".jsonl", ".csv", ".tsv"),
-                f"{source}: give .jsonl, .csv, .tsv, or owner/name:split on the Hub")
+                f"{source}: give .jsonl, .csv, .tsv or owner/name:split")
         with open(source, encoding="utf-8-sig", newline="\n") as lines:
             if kind == ".jsonl":
                 yield from (json.loads(line) for line in lines if line.strip())
@@ -565,7 +536,7 @@ def records(source):
 
 
 def read(source, like=None, limit=None):
-    """The labelled of the first `limit` rows of a source, as Examples. like: the training set."""
+    """The labelled of the first `limit` rows, as Examples. like: the training set."""
     texts, golds, columns, total = [], [], None, 0
     try:
         for row in itertools.islice(records(source), limit):
@@ -576,35 +547,35 @@ def read(source, like=None, limit=None):
                 columns = next((c for c in TEXTS if {*c} <= {*row} and widths <= {len(c)}), None)
                 gold = next((name for name in LABELS if name in row), None)
                 if not (columns and gold):
-                    raise ValueError(f"it has {some([*map(repr, row)])}; name the columns label and"
-                                     " text, or label, premise and hypothesis, in all files")
+                    raise ValueError(f"it has {some([*map(repr, row)])}; in all files, name the "
+                                     "columns label and text, or label, premise and hypothesis")
                 unused = [name for name in row if name not in (*columns, gold)]
             text, label = tuple(row[column] for column in columns), row.get(gold)
             if isinstance(label, (list, dict)):
                 raise ValueError("its label is a list")
-            label = re.sub(r"^(-?\d+)\.0$", r"\1", "" if label is None else str(label).strip())
+            label = "" if label is None else str(label).strip().removesuffix(".0")
             " ".join((*text, label)).encode()  # fails unless all are text, and at half an emoji
             if label not in ("", "-", "-1", "nan"):
                 texts.append(text)
                 golds.append(label)
             total += 1
-    except Exception as error:  # no such file, no network, not JSON, a quote never closed, ..
+    except Exception as error:  # no such file, no network, not JSON, ..
         require(False, f"{source}: row {total + 1} cannot be read ({error}); mend it")
     dropped = total - len(texts)
     require(golds and 10 * dropped <= total, f"{source}: {dropped:,} of {total:,} rows have no "
             "label (-, -1 and nan mean none); drop them, or rename the class")
     line = (f"{source}: {len(texts):,} rows; columns {', '.join(columns)}, {gold}; not used "
             f"{some(unused) or 'none'}; without a label {dropped:,}")
-    spelled_out = lambda label: LONG.get(label.lower(), label.lower())  # "E": entailment
+    spelled_out = lambda label: LONG.get(label.lower(), label.lower())
     if like:
         names, seen = like.names, {*like.texts}
         line += f"; of training {sum(text in seen for text in texts):,}"
-        # Of two with one name, the first: a class, before the non-X that eval.py adds.
+        # Of two with one name the first: a class, not the non-X that eval.py adds.
         known = {spelled_out(name): name for name in reversed(names)}
         golds = [known.get(spelled_out(label), label) for label in golds]
         others = sorted({*golds} - {*names})
         require(not others, f"{source}: label {some(others)} is none of {some(names)}")
-    else:  # integers in the order of their size, other names in that of the alphabet
+    else:  # integers in the order of their size, words in that of the alphabet
         names = sorted({*golds}, key=lambda name: (len(name) * name.isdecimal(), name))
         require(len({*map(spelled_out, names)}) == len(names) > 1, f"{source}: has the classes "
                 f"{some(names)}; give two or more, unlike in more than case")
@@ -613,14 +584,14 @@ def read(source, like=None, limit=None):
 
 
 def fingerprint(examples):
-    """A hash that two sets share only if they hold the same rows in the same order."""
+    """A hash of the rows and their order."""
     content = repr((examples.names, examples.texts, examples.labels.tolist()))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-# ------------------------------ machinery: the built-in task
+# ---------- machinery: the built-in task
 
-# The defaults if nothing is named. The models, of (layers, width), are untrained: higher rates.
+# The defaults if nothing is named. The models, of (layers, width), are untrained.
 BUILT_IN_MODELS = {"built-in-2x64": (2, 64), "built-in-4x128": (4, 128)}
 BUILT_IN = {"train": "built-in:train", "ref": "built-in-2x64", "main": "built-in-4x128",
             "test": [f"{kind}=built-in:{kind}" for kind in ("id", "ood", "adversarial")],
@@ -641,8 +612,7 @@ def built_in():
 
     def draw(n, agreement, wrong=0.0):
         place = rng.integers(3, size=n)
-        others = (place + rng.integers(1, 3, size=(6, n))) % 3  # never the place
-        *elsewhere, false_day, mistake = others
+        *elsewhere, false_day, mistake = (place + rng.integers(1, 3, size=(6, n))) % 3
         owner = np.where(rng.random((4, n)) < 0.8, place, elsewhere)  # (4, n)
         owner = np.concatenate([owner, np.full((4, n), 3)]).T  # (n, 8); 3: none
         seen = things[rng.permuted(150 * owner + rng.integers(150, size=(n, 8)), axis=1)]
@@ -659,7 +629,7 @@ def built_in():
 
 
 def built_in_model(name, names, device):
-    """A BERT with random weights, of the size in its name, and a tokenizer of whole words."""
+    """A BERT with random weights and a tokenizer of whole words."""
     layers, width = BUILT_IN_MODELS[name]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     model = transformers.BertForSequenceClassification(transformers.BertConfig(
@@ -669,13 +639,18 @@ def built_in_model(name, names, device):
     return model.to(device), transformers.BertTokenizer(tokens, model_max_length=64)
 
 
-# ------------------------------ machinery: fast, exactly
+# ---------- machinery: fast, exactly
 
 
-def compute_less(model):
-    """Leave out what no head reads, in the model types for which this is tested."""
+def leave_out(model, sets):
+    """Leave out what no head reads and no text uses, in the model types for which this is tested.
+
+    sets: the Encoded sets that the model is for; their tokens are renumbered. Returns a function
+    that puts the model's words back.
+    """
     if model.config.model_type not in ("deberta-v2", "bert", "roberta", "electra"):
-        return
+        return lambda: None
+
     # The head reads the first token only. So the last layer computes only that token, once it has
     # attended to all: the hook cuts (what attention found, the layer's input).
     last = model.base_model.encoder.layer[-1].attention
@@ -693,33 +668,28 @@ def compute_less(model):
                 module.position_buckets <= module.max_relative_positions):
             module.register_forward_pre_hook(nearest_positions, with_kwargs=True)
 
-
-def compact_embeddings(model, sets):
-    """Train only the rows of the word table that these Encoded sets use, and renumber their tokens:
-    without weight decay, AdamW never moves the others. Returns a function that puts these back.
-    Numbers up to the padding's stay: RoBERTa tells positions by which tokens are padding."""
-    table, pad = model.get_input_embeddings(), sets[0].pad
-    tied = [p for _, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
-    if type(table) is not torch.nn.Embedding or len(tied) > 1:
-        return lambda: None
-    ids = [torch.arange(pad + 1, device=model.device), *(one.tokens["input_ids"] for one in sets)]
-    used, new_ids = torch.cat(ids).unique(return_inverse=True)  # ascending
+    # Without weight decay, AdamW never moves the words that no text has. So train a table of the
+    # others. Numbers up to the padding's stay: RoBERTa tells positions by which tokens are padding.
+    words = model.get_input_embeddings()
+    ids = [torch.arange(sets[0].pad + 1, device=model.device),
+           *(one.tokens["input_ids"] for one in sets)]
+    used, new_ids = torch.cat(ids).unique(return_inverse=True)
     for one, part in zip(sets, new_ids.split([*map(len, ids)])[1:]):
         one.tokens["input_ids"] = part
-    small = torch.nn.Embedding.from_pretrained(table.weight.detach()[used], freeze=False)
-    model.set_input_embeddings(small)
+    few = torch.nn.Embedding.from_pretrained(words.weight.detach()[used], freeze=False)
+    model.set_input_embeddings(few)
 
     def restore():
-        table.weight.data[used] = small.weight.detach()
-        model.set_input_embeddings(table)
+        words.weight.data[used] = few.weight.detach()
+        model.set_input_embeddings(words)
     return restore
 
 
-# ------------------------------ machinery: files, errors and processes
+# ---------- machinery: files, errors and processes
 
 
 def require(condition, message):
-    """Unless this holds, say in one line on stderr what the user can mend; exit with code 2."""
+    """Unless this holds, tell the user in one line what to mend; exit with code 2."""
     if not condition:
         print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)  # on one line
         raise SystemExit(2)
@@ -727,7 +697,7 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def refusing(what, remedy, errors=Exception):
-    """Turn an error inside that the user can mend into a line, as `require` does."""
+    """Turn an error into a line, as `require` does."""
     try:
         yield
     except errors as error:
@@ -735,34 +705,30 @@ def refusing(what, remedy, errors=Exception):
 
 
 def some(names):
-    """The first five of the names, in a line."""
+    """The first five of the names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def check(parser, argv):
-    """Parse the command line; refuse what cannot work; fill in what depends on other settings."""
+    """Parse the command line; refuse what cannot work; fill in what depends on the rest."""
     parser.error = lambda message: require(False, message)
     cfg = parser.parse_args(argv)
     if cfg.train is None:
         parser.set_defaults(**NLI if cfg.ref or cfg.main or cfg.dynamics else BUILT_IN)
         cfg = parser.parse_args(argv)
-    require(cfg.train, "--train is missing")
-    if "dm" in cfg.methods:  # it needs the data map of erm
-        cfg.methods.insert(0, "erm")
-    cfg.methods = [*dict.fromkeys(cfg.methods)]
+    maps = {METHODS[name][1] for name in cfg.methods} - ({"ref"} if cfg.dynamics else set())
+    cfg.methods = [*dict.fromkeys([name for name in FULL if name in maps] + cfg.methods)]
     cfg.ref_epochs = cfg.ref_epochs or cfg.epochs
     cfg.out = cfg.out or f"runs/{Path(cfg.train.split(':')[0]).stem}-{cfg.seed}"
-    maps = {METHODS[name][1] for name in cfg.methods}
-    require(not (cfg.ref and cfg.dynamics), "--dynamics replaces --ref; give one of them")
-    require(cfg.main and (cfg.ref or cfg.dynamics or "ref" not in maps),
-            "name two models, such as --ref deberta-small --main deberta-large")
+    require(not (cfg.ref and cfg.dynamics), "--dynamics replaces --ref; give one")
+    require(cfg.main and (cfg.ref or "ref" not in maps),
+            "name two models, as --ref deberta-small --main deberta-large")
     least = {"seed": 0, "max_length": 8, "fraction": 0, "lr": 1e-9, "ref_lr": 1e-9,
              "epochs": 1 + ("erm" in maps),  # a data map needs two
-             "ref_epochs": 1 + ("ref" in maps and not cfg.dynamics)}
+             "ref_epochs": 1 + ("ref" in maps)}
     for name, value in vars(cfg).items():
         require(not isinstance(value, (int, float)) or value >= least.get(name, 1),
                 f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}")
-    require(cfg.fraction <= 1, f"--fraction {cfg.fraction}: must be at most 1")
     cfg.device = cfg.device or str(torch.accelerator.current_accelerator(True) or "cpu")
     with refusing(f"--device {cfg.device}", "give cuda or cpu"):
         torch.empty(1, device=cfg.device)
@@ -772,11 +738,11 @@ def check(parser, argv):
 
 
 def write(path, put):
-    """Let `put` write to another name, then rename: a run killed at any moment leaves all of a
-    file or folder, or nothing. The first process writes."""
+    """Let `put` write to another name, then rename: a killed run leaves all of a file or folder,
+    or nothing. The first process writes."""
     if RANK == 0:
         partial = path.with_name(path.name + ".partial")
-        with refusing(f"{path}: cannot be written", "make room, then give the same command again",
+        with refusing(f"{path}: cannot be written", "make room; give the same command again",
                       (OSError, RuntimeError, SafetensorError)):  # of Python, torch, safetensors
             path.parent.mkdir(parents=True, exist_ok=True)
             put(partial)
@@ -793,20 +759,20 @@ def write_json(path, value):
 
 
 def say(line):
-    """Tell how the run goes, on stderr, in the first process."""
+    """Tell how the run goes, on stderr."""
     if RANK == 0:
         tqdm.tqdm.write(line, file=sys.stderr)
 
 
 def save_checkpoint(cfg, name, parts, dynamics, done, best):
-    """All that `train` needs to go on from here to the same result."""
+    """Save all that `train` needs to go on from here."""
     state = {key: part.state_dict() for key, part in parts.items()}
     state |= {"phase": name, "dynamics": dynamics, "done": done, "best": best}
     write(Path(cfg.out, "checkpoint.pt"), lambda partial: torch.save(state, partial))
 
 
 def load_checkpoint(cfg, name, parts, dynamics):
-    """Fill parts and dynamics in place; return (done, best). None if this phase left nothing."""
+    """Fill parts and dynamics; return (done, best), or None if this phase left nothing."""
     path = Path(cfg.out, "checkpoint.pt")
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     if saved.get("phase") != name:
@@ -819,14 +785,14 @@ def load_checkpoint(cfg, name, parts, dynamics):
 
 
 def over_ranks(tensor):
-    """The largest of each number over all processes: in place, in every process."""
+    """The largest of each number over all processes, in place."""
     if WORLD > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
 if __name__ == "__main__":
-    import eval  # not Python's eval but eval.py, which measures what this file trained
+    import eval  # eval.py, not Python's eval
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one process a GPU
     wanted = settings()
@@ -834,7 +800,7 @@ if __name__ == "__main__":
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in wanted.device else "cpu:gloo")
     data = read(wanted.train, limit=wanted.limit)
     dev_sets = [read(source, data) for source in wanted.dev]
-    eval.read_tests(wanted, data)  # a bad test file shows now, not after days
+    eval.read_tests(wanted, data)  # a fault shows before training
     main(wanted, data, dev_sets)
     eval.main([wanted.out])
     if WORLD > 1:
