@@ -12,10 +12,10 @@ arXiv 2310.06588) has four steps:
   3. Keep `rows` (k,), the third of the examples with the highest variability.
   4. Fine-tune the large main model on those rows only, for fewer steps or with early stopping.
 
-  python ftft.py                                            # built-in task, offline, on a CPU
+  python ftft.py                                            # made-up task, offline, a CPU will do
   python ftft.py --ref deberta-small --main deberta-large   # MultiNLI; tested on ANLI, HANS, WANLI
 
-The same command again goes on with a run that was cut short. The method ends with `main`. What
+The same command again goes on with a run that was cut short. The method ends with `main`; what
 follows is machinery.
 """
 import argparse
@@ -46,13 +46,13 @@ from safetensors import SafetensorError
 
 # How to train the main model: on which rows, and whose data map chooses them.
 METHODS = {"erm": ("all", None),  # plain fine-tuning (empirical risk minimization)
-           "erm-es": ("all", None),  # the same, stopped early
+           "erm-es": ("all", None),  # the same for fewer steps
            "random": ("random", None),
            "easy": ("highest confidence", "ref"),
            "hard": ("lowest confidence", "ref"),
            "ftft": ("highest variability", "ref"),
            "dm": ("highest variability", "erm")}  # dataset cartography: the main model's own map
-FULL = ("ref", "erm")  # these log dynamics, and train to the end of their epochs
+FULL = ("ref", "erm")  # these log dynamics and never stop early; `check` puts them first
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 # Which of torchrun's processes this is, and how many there are: alone, 0 and 1.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -81,13 +81,13 @@ def settings(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=4, help="passes of erm over all rows (4)")
     add("--ref-epochs", type=int, help="those of the reference (as --epochs)")
-    add("--steps", type=int, help="of the other methods (as erm; without --dev a third)")
+    add("--steps", type=int, help="of methods but erm (as erm; without --dev a third)")
     add("--patience", type=int, default=2, help="stop after N of 12 evaluations without a rise (2)")
     add("--batch-size", type=int, default=32, help="rows in a step (32)")
-    add("--lr", type=float, help="learning rate of the main model (2e-5; above 200M, 1e-5)")
-    add("--ref-lr", type=float, default=2e-5, help="of the reference (2e-5)")
+    add("--lr", type=float, help="main model's learning rate (2e-5; above 200M weights 1e-5)")
+    add("--ref-lr", type=float, default=2e-5, help="the reference's (2e-5)")
     add("--max-length", type=int, default=300, help="cut inputs at N tokens (300)")
-    add("--seed", type=int, default=0, help="of new weights, order, dropout and random rows (0)")
+    add("--seed", type=int, default=0, help="for new weights, order, dropout, random rows (0)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="such as cuda or cpu (a GPU, if there is one)")
@@ -134,12 +134,12 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     """Fine-tune `model` in place; it ends with the weights that did best on the dev sets, if any.
 
     data, dev: the training set and a list of dev sets, Encoded. rows (k,): what to train on.
-    steps: the budget. dynamics (epochs, n, classes): where to log the logits. Returns counts.
+    steps: the budget. dynamics (epochs, n, classes): where to log the logits. Returns `done`.
     """
     device, warmup = model.device, max(1, round(0.1 * steps))
     epochs = math.ceil(steps / math.ceil(len(rows) / cfg.batch_size))
     points = {math.ceil(steps * i / 12) for i in range(1, 13)}  # after these, evaluate and save
-    # Row numbers go to the device now: within a step, the host never waits for it.
+    # Row numbers go to the device before the loop, so that no step has to wait for them.
     order = [(epoch, batch, batch.to(device)) for epoch in range(epochs) for batch in
              batches(rows, data.lengths, cfg.batch_size, seed_for(cfg.seed, name, epoch))][:steps]
     net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(
@@ -156,7 +156,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     began = time.perf_counter()
     for step, (epoch, batch, placed) in enumerate(bar, done["steps"]):
         if name not in FULL and done["waited"] >= cfg.patience:
-            break  # here: a run that goes on may have no patience left
+            break  # here, as a run may go on with its patience used up
 
         # Forward and backward, in pieces. Each process works through every WORLD-th row, and DDP
         # averages their gradients: the result is the gradient of the batch's mean loss.
@@ -195,7 +195,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
             continue
 
         # Evaluate, keep the best. Each overflow in fp16 halves the scale, from 65,536.
-        require(not over_ranks(broken).item() and scaler.get_scale() > 1e-3, f"{name}: overflow or "
+        require(not ranks_max(broken).item() and scaler.get_scale() > 1e-3, f"{name}: overflow or "
                 f"divergence by step {after}; give a lower rate or --amp off, and a new --out")
         done["seconds"] += time.perf_counter() - began
         report = f"{name}: step {after:,} of {steps:,}, loss {loss.item():.3f}"
@@ -213,13 +213,14 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
         # Checkpoint.
         if dynamics is not None:
-            over_ranks(dynamics)  # the maximum: one process wrote a cell, the others have -inf
+            ranks_max(dynamics)  # the maximum: one process wrote a cell, the others have -inf
         save_checkpoint(cfg, name, parts, dynamics, done, best_weights)
         began = time.perf_counter()
     bar.close()
     seen = torch.cat([batch for _, batch, _ in order[:done["steps"]]])
     done |= {"examples": len(seen), "tokens": data.lengths[seen].sum().item()}
-    model.load_state_dict(best_weights or model.state_dict())
+    if best_weights:
+        model.load_state_dict(best_weights)
     return done
 
 
@@ -227,19 +228,19 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
 
 
 def budget(name, n, cfg):
-    """The most steps of a phase. ref and erm take their epochs over all n rows; the others --steps:
-    by default as many as erm if dev sets can stop them, else a third of that."""
+    """The most steps of a phase (ref or a method). ref and erm take their epochs over all n rows;
+    the others --steps: by default as many as erm if dev sets can stop them, else a third."""
     epochs = cfg.ref_epochs if name == "ref" else cfg.epochs
     steps = epochs * math.ceil(n / cfg.batch_size)
     if name not in FULL:
         steps = cfg.steps or (steps if cfg.dev else round(steps / 3))
     require(steps > 1 and 0 < round(cfg.fraction * n) <= n,
-            f"{name}: too few steps or rows; change --epochs, --steps or --fraction")
+            f"{name}: unfit steps or rows; change --epochs, --steps or --fraction")
     return steps
 
 
 def main(cfg, training, dev):
-    """Run FTFT, and the methods to compare it with: they go through the same four steps.
+    """Run FTFT, and the methods to compare it with, which skip the steps that they do not need.
 
     training: Examples; dev: a list of them. `fine_tune` loads a model, makes its `dynamics` (for
     ref and erm; at first all -inf), calls `train`, and saves both.
@@ -291,27 +292,27 @@ Encoded = collections.namedtuple("Encoded", "tokens starts ends labels lengths p
 def load(name, device, classes=()):
     """A pretrained model with a new head for these classes, or as it is (none), and its tokenizer.
     Weights are float32: DeBERTa-v3's are stored in fp16."""
-    names = {"id2label": dict(enumerate(classes)), "problem_type": None,
+    extra = {"id2label": dict(enumerate(classes)), "problem_type": None,
              "label2id": dict(zip(classes, range(len(classes))))} if classes else {}
     logging.disable(logging.WARNING)  # libraries warn of new heads and retries
     transformers.utils.logging.disable_progress_bar()
     if name in BUILT_IN_MODELS:
-        return built_in_model(name, names, device)
+        return built_in_model(name, extra, device)
     hub = name if Path(name).is_dir() else MODELS.get(name, name)
     with refusing(f"{name}: cannot be loaded", "give a short name, Hub id or folder"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(hub, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            hub, **names, dtype=torch.float32, ignore_mismatched_sizes=True,
+            hub, **extra, dtype=torch.float32, ignore_mismatched_sizes=True,
             output_loading_info=True, trust_remote_code=False)
         model.to(device)
     require(tokenizer.pad_token and tokenizer.padding_side == "right",
             f"{name}: has no padding token, or pads on the left; take one like bert-base")
     base = model.base_model_prefix + "."
-    random = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    fresh = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if classes:  # the head, and the pooler that belongs to it, may be new
-        random = [key for key in random if key.startswith(base) and "pooler" not in key]
-    require(not random, f"{name}: lacks {some(sorted(random))}, which would be random")
-    for key, part in model.named_parameters() if classes else ():  # as transformers begins a head
+        fresh = [key for key in fresh if key.startswith(base) and "pooler" not in key]
+    require(not fresh, f"{name}: lacks {some(sorted(fresh))}, which would be random")
+    for key, part in model.named_parameters() if classes else ():  # as transformers does
         if not key.startswith(base) and "norm" not in key.lower():
             part.data.normal_(0, getattr(model.config, "initializer_range", 0.02) * (part.ndim > 1))
     return model, tokenizer
@@ -320,17 +321,18 @@ def load(name, device, classes=()):
 def encode(model, tokenizer, examples, cfg):
     """Examples as Encoded, unless the tokenizer or the model cannot take them."""
     name, device = model.name_or_path, model.device
-    rows = tokenizer(*map(list, zip(*examples.texts)), truncation=True, return_attention_mask=False,
-                     max_length=min(cfg.max_length, tokenizer.model_max_length))
-    columns = {key: np.fromiter(itertools.chain(*column), np.int32) for key, column in rows.items()}
-    ids, lengths = columns["input_ids"], torch.tensor([*map(len, rows["input_ids"])])
-    unlike = len({*map(tuple, rows["input_ids"])}) / len({*examples.texts})
+    lists = tokenizer(*map(list, zip(*examples.texts)), truncation=True,
+                      max_length=min(cfg.max_length, tokenizer.model_max_length),
+                      return_attention_mask=False)
+    columns = {key: np.fromiter(itertools.chain(*rows), np.int32) for key, rows in lists.items()}
+    ids, lengths = columns["input_ids"], torch.tensor([*map(len, lists["input_ids"])])
+    unique = len({*map(tuple, lists["input_ids"])}) / len({*examples.texts})
     unknown = ids == tokenizer.unk_token_id
     words = unknown | ~np.isin(ids, tokenizer.all_special_ids)
     unknown = unknown.sum() / max(1, words.sum())
-    require(unknown <= 0.5 <= unlike and ids.max() < len(model.get_input_embeddings().weight),
-            f"{name}: has no tokenizer, or another's: {unknown:.0%} of the words are unknown, "
-            f"{1 - unlike:.0%} of the texts look the same; restore its files")
+    require(unknown <= 0.5 <= unique and ids.max() < len(model.get_input_embeddings().weight),
+            f"{name}: wrong tokenizer or low --max-length: {unknown:.0%} of the words are unknown, "
+            f"{1 - unique:.0%} of the texts look the same")
     tokens = {key: torch.from_numpy(column).to(device) for key, column in columns.items()}
     ends = lengths.cumsum(0).to(device)
     data = Encoded(tokens, ends - lengths.to(device), ends, examples.labels.to(device), lengths,
@@ -353,7 +355,7 @@ def collate(data, rows, longest):
 def batches(rows, lengths, size, seed):
     """One epoch's batches of rows of like length: random batches of MultiNLI are 60% padding.
     Shuffled rows are cut into pools; each is sorted by length, with some noise, and cut. The
-    largest batch comes first: memory runs out at once or not at all."""
+    largest batch comes first: if memory runs out, then mostly at once."""
     generator = torch.Generator().manual_seed(seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     key = lengths * (1 + 0.05 * torch.rand(len(lengths), generator=generator))
@@ -375,7 +377,7 @@ def predict(model, data, cfg):
         longest, rows = data.lengths[rows[0]].item(), rows.to(device)
         with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
             logits[rows] = model(**collate(data, rows, longest)).logits.float()
-    return over_ranks(logits).cpu()
+    return ranks_max(logits).cpu()
 
 
 def metrics(predicted, gold):
@@ -415,7 +417,7 @@ def open_run(cfg, training):
             encode(*load(name, cfg.device, training.names), training, cfg)
         if cfg.dynamics:
             load_dynamics(cfg.dynamics, run)
-    over_ranks(torch.zeros(1))  # before the first process writes, all have read
+    ranks_max(torch.zeros(1))  # before the first process writes, all have read
     if run != saved:
         write_json(path, run)
     return run, todo
@@ -554,7 +556,7 @@ def read(source, like=None, limit=None):
             if isinstance(label, (list, dict)):
                 raise ValueError("its label is a list")
             label = "" if label is None else str(label).strip().removesuffix(".0")
-            " ".join((*text, label)).encode()  # fails unless all are text, and at half an emoji
+            " ".join((*text, label)).encode()  # fails unless all are valid text
             if label not in ("", "-", "-1", "nan"):
                 texts.append(text)
                 golds.append(label)
@@ -570,7 +572,7 @@ def read(source, like=None, limit=None):
     if like:
         names, seen = like.names, {*like.texts}
         line += f"; of training {sum(text in seen for text in texts):,}"
-        # Of two with one name the first: a class, not the non-X that eval.py adds.
+        # If two names are alike, the first wins: a class, not the non-X that eval.py adds.
         known = {spelled_out(name): name for name in reversed(names)}
         golds = [known.get(spelled_out(label), label) for label in golds]
         others = sorted({*golds} - {*names})
@@ -602,7 +604,7 @@ WORDS = ["monday", "tuesday", "wednesday", *(f"thing{i}" for i in range(600))]
 def built_in():
     """A task with known rules: each text lists things seen at a place; predict the place.
 
-    A text reads "monday thing12 thing597 ..", its label coast. Of eight things, four belong to a
+    A text is "monday thing12 thing597 ..", its label "coast". Of eight things, four belong to a
     place, each in 8 of 10 cases to the right one. As a shortcut, the day agrees with the place in
     90% of training and ID texts, by chance in OOD, never in adversarial ones. 3% of the training
     labels are wrong. Returns {set: Examples} and what is planted in training, {name: mask (n,)}.
@@ -628,13 +630,13 @@ def built_in():
             "adversarial": draw(2000, 0.0)[0]}, planted
 
 
-def built_in_model(name, names, device):
+def built_in_model(name, extra, device):
     """A BERT with random weights and a tokenizer of whole words."""
     layers, width = BUILT_IN_MODELS[name]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     model = transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=len(words), num_hidden_layers=layers, num_attention_heads=width // 32,
-        hidden_size=width, intermediate_size=4 * width, name_or_path=name, **names))
+        hidden_size=width, intermediate_size=4 * width, name_or_path=name, **extra))
     tokens = {word: i for i, word in enumerate(words)}
     return model.to(device), transformers.BertTokenizer(tokens, model_max_length=64)
 
@@ -751,7 +753,7 @@ def write(path, put):
                 os.fsync(handle)
                 os.close(handle)
             partial.replace(path)
-    over_ranks(torch.zeros(1))  # the others wait
+    ranks_max(torch.zeros(1))  # the others wait
 
 
 def write_json(path, value):
@@ -784,7 +786,7 @@ def load_checkpoint(cfg, name, parts, dynamics):
     return saved["done"], saved["best"]
 
 
-def over_ranks(tensor):
+def ranks_max(tensor):
     """The largest of each number over all processes, in place."""
     if WORLD > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -795,13 +797,13 @@ if __name__ == "__main__":
     import eval  # eval.py, not Python's eval
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one process a GPU
-    wanted = settings()
+    cfg = settings()
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in wanted.device else "cpu:gloo")
-    data = read(wanted.train, limit=wanted.limit)
-    dev_sets = [read(source, data) for source in wanted.dev]
-    eval.read_tests(wanted, data)  # a fault shows before training
-    main(wanted, data, dev_sets)
-    eval.main([wanted.out])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in cfg.device else "cpu:gloo")
+    training = read(cfg.train, limit=cfg.limit)
+    dev = [read(source, training) for source in cfg.dev]
+    eval.read_tests(cfg, training)  # a fault shows before training
+    main(cfg, training, dev)
+    eval.main([cfg.out])
     if WORLD > 1:
         dist.destroy_process_group()

@@ -698,7 +698,7 @@ UNFIT = [  # sizes of a model, other names of its weights, config, and tokenizer
     ({}, "own.", {}, {}, "be random"), ({}, "", {"num_hidden_layers": 2}, {}, "be random"),
     ({}, "", {}, {"padding_side": "left"}, "pads on the left"), ({}, "", {}, None, "100%"),
     ({"kind": "roberta"}, "", {}, None, "9.%"), ({}, "", {}, {"words": ["red"]}, "9.%"),
-    ({"vocab_size": 20}, "", {}, {"words": WORDS * 2}, "or another's"),
+    ({"vocab_size": 20}, "", {}, {"words": WORDS * 2}, "wrong tokenizer"),
     ({"type_vocab_size": 1}, "", {}, {}, "cannot take"),
     ({"kind": "roberta", "max_position_embeddings": 9}, "", {}, {}, "--max-length")]
 
@@ -876,7 +876,7 @@ BAD = [  # more arguments, or the training rows; and what the line must name
     ([ONE, {**ONE, "label": "A"}], "A, a;"), ("--ref ''", "--ref"), ("--test odd.jsonl", "id=FILE"),
     ([{**ONE, "label": x} for x in NLI * 20], "in all files"), ("--train thin.csv", "row 2"),
     ("--test id=odd.jsonl", "label other"), ("--test id=same.jsonl ood=same.jsonl", "called same"),
-    ("--steps 1", "too few"), ("--limit 8 --epochs 1 --methods erm --ref-epochs 2", "too few"),
+    ("--steps 1", "unfit steps"), ("--limit 8 --epochs 1 --methods erm --ref-epochs 2", "unfit steps"),
     ("--train ''", "give .jsonl"), ("--fraction 33", "--fraction"), ("--device odd", "odd"),
     ("--ref-epochs 1", "--ref-epochs 1: must"), ("--task nli", "--task"), ("--lr 0", "--lr 0"),
     ("--methods dm --epochs 1", "--epochs 1: must"), ("--dynamics .", "replaces"),
