@@ -754,14 +754,14 @@ def test_the_readme_gives_the_lines_of_the_sections_of_ftft():
 
 
 def start(argv, out, *launcher, awaited=None, **environment):
-    """`python ftft.py` as a process, perhaps killed as soon as a new file is there."""
+    """`python ftft.py` as a process, perhaps killed when a new file is there."""
     known = {*Path(out).glob("*")}
     run = subprocess.Popen([sys.executable, *launcher, ftft.__file__, *argv, "--out", out],
                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", **environment})
     while awaited and run.poll() is None and not {*Path(out).glob(awaited)} - known:
         time.sleep(0.001)
-    if awaited:  # of torchrun the processes that it began
+    if awaited:  # of torchrun, what it began
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
         for process in children.read_text().split() if launcher else [run.pid]:
             os.kill(int(process), signal.SIGKILL)
@@ -876,11 +876,11 @@ BAD = [  # more arguments, or the training rows; and what the line must name
     ([ONE, {**ONE, "label": "A"}], "A, a;"), ("--ref ''", "--ref"), ("--test odd.jsonl", "id=FILE"),
     ([{**ONE, "label": x} for x in NLI * 20], "in all files"), ("--train thin.csv", "row 2"),
     ("--test id=odd.jsonl", "label other"), ("--test id=same.jsonl ood=same.jsonl", "called same"),
-    ("--steps 1", "unfit steps"), ("--limit 8 --epochs 1 --methods erm --ref-epochs 2", "unfit steps"),
+    ("--steps 1", "unfit"), ("--limit 8 --epochs 1 --methods erm --ref-epochs 2", "unfit"),
     ("--train ''", "give .jsonl"), ("--fraction 33", "--fraction"), ("--device odd", "odd"),
     ("--ref-epochs 1", "--ref-epochs 1: must"), ("--task nli", "--task"), ("--lr 0", "--lr 0"),
     ("--methods dm --epochs 1", "--epochs 1: must"), ("--dynamics .", "replaces"),
-    ("--ref '' --dynamics .", ".: cannot be read")]
+    ("--ref '' --dynamics .", ".: cannot be read"), ("--main nopairs", "nopairs: cannot take")]
 
 
 @pytest.mark.parametrize("bad, named", BAD)
@@ -889,6 +889,7 @@ def test_bad_input_ends_in_a_line_and_exit_code_2(bad, named, task, tmp_path, mo
     for file, content in (("wide.csv", "text,label\nred,a\na,b,c"), ("open.csv", 'text,label\n"a'),
                           ("semi.csv", "text;label\n1;a"), ("thin.csv", "text,label\nred,a\nso")):
         Path(file).write_text(content)
+    save(tmp_path / "nopairs", encoder(type_vocab_size=1))
     np.savez("dynamics.npz", logits=np.array([ONE], object))  # nothing is unpickled
     for name, odd in (("half", {"premise": "\ud83d"}), ("odd", {"label": "other"})):
         write(tmp_path / f"{name}.jsonl", [*rows(1), {**rows(1)[0], **odd}])
