@@ -35,7 +35,7 @@ WORDS = "red green blue cat dog bird runs sleeps sings here there now never".spl
 NLI = ["contradiction", "entailment", "neutral"]  # label i goes with the word WORDS[i]
 HANS = dict(zip(NLI, ["non-entailment", "entailment", "non-entailment"]))
 ABOUT = {"config": {"metric": "accuracy", "train": "x"}, "phases": {}, "selected": {}}
-EVERY_WORD = ftft.Encoded({"input_ids": torch.arange(48)}, *5 * [0])  # so none is left out
+EVERY_WORD = ftft.Encoded({"input_ids": torch.arange(48)}, *5 * [0])  # none is unused
 Killed = GeneratorExit  # stands for SIGKILL: nothing catches it
 
 
@@ -743,18 +743,18 @@ def test_a_local_folder_comes_before_a_short_name_and_inputs_are_cut(tmp_path, m
 
 
 def test_the_readme_gives_the_lines_of_the_sections_of_ftft():
-    path, rule = Path(ftft.__file__), "# " + 10 * "-" + " "
-    lines = enumerate(path.read_text().splitlines(), 1)
-    sections = [(str(i), line.removeprefix(rule)) for i, line in lines if line.startswith(rule)]
-    told = re.findall(r"^\| (\d+) \| ([^|]+) \|", path.with_name("README.md").read_text(), re.M)
-    assert told == sections and len(told) > 5
+    path, rule = Path(ftft.__file__), "# ---------- "
+    readme = " ".join(path.with_name("README.md").read_text().split())
+    sections = [f"{line.removeprefix(rule).removeprefix('machinery: ')} ({i})" for i, line in
+                enumerate(path.read_text().splitlines(), 1) if line.startswith(rule)]
+    assert len(sections) > 5 and all(section in readme for section in sections)
 
 
 # ---------- the same command again, several processes
 
 
 def start(argv, out, *launcher, awaited=None, **environment):
-    """`python ftft.py` as a process, perhaps killed when a new file is there."""
+    """`python ftft.py`, perhaps killed when a new file is there."""
     known = {*Path(out).glob("*")}
     run = subprocess.Popen([sys.executable, *launcher, ftft.__file__, *argv, "--out", out],
                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

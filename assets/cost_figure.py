@@ -21,9 +21,10 @@ LOOKS = {  # name in tables.MPNET: label, mark, colour
     "erm-half": ("ERM, 1 epoch", "s", "#5d6772"),
     "erm-es": ("ERM, stopped early", "D", "#5d6772"),
     "random": ("random third", "X", "#2f6fb3"),
-    "ftft": ("FTFT, reference of 4 epochs", "o", "#e07b1a"),
+    "ftft": ("FTFT", "o", "#e07b1a"),
+    "ftft-patience1": ("FTFT, patience 1", "D", "#e07b1a"),
     "ftft-ref2": ("FTFT, reference of 2 epochs", "s", "#e07b1a"),
-    "ftft-ref2-patience1": ("the same, patience 1", "D", "#e07b1a")}
+    "ftft-ref2-patience1": ("the same, patience 1", "^", "#e07b1a")}
 
 
 def main(path):

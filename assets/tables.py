@@ -28,6 +28,7 @@ MPNET = {  # name: the places to look for it, as FOLDER/METHOD; N is the seed
     "random": ["mpnet-N-random/random"],
     "random-as-ftft": ["mpnet-N-random-as-ftft/random-as-ftft"],
     "ftft": ["mpnet-N/ftft"],
+    "ftft-patience1": ["mpnet-N-patience1/ftft", "mpnet-N/ftft patience 1"],
     "ftft-ref2": ["mpnet-N-ref2/ftft"],
     "ftft-ref2-patience1": ["mpnet-N-ref2-patience1/ftft", "mpnet-N-ref2/ftft patience 1"]}
 
@@ -198,8 +199,8 @@ def dev(pattern, seeds=("",), erm=None):
 
 def main(section):
     if section == "cheap":
-        runs = join(MPNET, ["erm", "erm-half", "erm-es", "random", "ftft", "ftft-ref2",
-                            "ftft-ref2-patience1"], range(4))
+        names = [name for name in MPNET if name != "random-as-ftft"]
+        runs = join(MPNET, names, range(4))
         show(runs, ["erm", "erm-half", "ftft"])
         learning(runs), kept(runs)
         for seed, (run, _) in runs.items():
