@@ -167,7 +167,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
         longest = data.lengths[batch].max().item()
         pieces = mine.split(math.ceil(cfg.batch_size / WORLD / cfg.grad_accum))
         for piece in pieces:  # row numbers (b,)
-            net.require_backward_grad_sync = piece is pieces[-1]  # DDP exchanges once a step
+            net.require_backward_grad_sync = piece is pieces[-1]  # DDP syncs once a step
             with torch.autocast(device.type, AMP[cfg.amp], enabled=cfg.amp != "off"):
                 logits = net(**collate(data, piece, longest)).logits.float()  # (b, classes)
             piece_loss = weight * F.cross_entropy(logits, data.labels[piece], reduction="sum")
@@ -205,7 +205,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
             model.train()
             report += f", dev {100 * score:.1f}"
             done["dev"].append([after, score])
-            done["waited"] += after > warmup  # within the warm-up, none counts
+            done["waited"] += after > warmup  # in the warm-up, scores mean little
             if after > warmup and score > done["best"]:
                 done["best"], done["waited"] = score, 0
                 best_weights = {key: x.cpu().clone() for key, x in model.state_dict().items()}

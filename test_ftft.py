@@ -35,7 +35,7 @@ WORDS = "red green blue cat dog bird runs sleeps sings here there now never".spl
 NLI = ["contradiction", "entailment", "neutral"]  # label i goes with the word WORDS[i]
 HANS = dict(zip(NLI, ["non-entailment", "entailment", "non-entailment"]))
 ABOUT = {"config": {"metric": "accuracy", "train": "x"}, "phases": {}, "selected": {}}
-EVERY_WORD = ftft.Encoded({"input_ids": torch.arange(48)}, *5 * [0])  # none is unused
+EVERY_WORD = ftft.Encoded({"input_ids": torch.arange(48)}, *5 * [0])  # all in use
 Killed = GeneratorExit  # stands for SIGKILL: nothing catches it
 
 
