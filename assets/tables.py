@@ -6,6 +6,8 @@
   python assets/tables.py minilm     # MiniLM: kept rows, "toxic" said, AUROC
   python assets/tables.py epoch1     # dev scores with and without epoch 1
   python assets/tables.py size       # dev scores by fraction and by size
+  python assets/tables.py wrong      # wrong labels among the 240 rows of lowest confidence; it
+                                     # reads runs/built-in-0, which `python ftft.py` leaves
 
 A row joins one method's runs, one a seed, from several folders; methods that lack a seed are left
 out, and named. Scores and intervals are eval.py's.
@@ -219,6 +221,12 @@ def main(section):
         runs = join(MPNET, ["erm", "random", "random-as-ftft", "ftft"], range(2))
         show(runs, ["erm", "random", "random-as-ftft"])
         learning(runs), kept(runs), said(runs)
+    elif section == "wrong":
+        wrong = eval.built_in()[1]["mislabelled"]
+        path = "runs/built-in-0/ref/data_map.csv"
+        confidence = np.loadtxt(path, delimiter=",", skiprows=1, usecols=2)
+        found = wrong[confidence.argsort(kind="stable")[:240]].sum()
+        print(f"{found} of the 240 rows of lowest confidence are mislabelled, of {wrong.sum()}")
     elif section == "minilm":
         names = ["erm", "erm-es", "random", "random-as-ftft", "ftft", "ftft-per-class", "dm"]
         runs = join({name: [f"cad-N/{name}"] for name in names}, names, range(4))
