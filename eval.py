@@ -273,6 +273,7 @@ def draw_data_map(folder, run):
              ylabel="confidence: mean of p(gold)   (top: easy)",
              title=f"{method} keeps {kept.sum():,} of {len(x):,} examples (full colour)")
     figure.savefig(folder / "data_map.png", dpi=200)
+    return figure
 
 
 def draw_learning_curves(folder, run):

@@ -36,7 +36,7 @@ NLI = ["contradiction", "entailment", "neutral"]  # label i goes with the word W
 HANS = dict(zip(NLI, ["non-entailment", "entailment", "non-entailment"]))
 ABOUT = {"config": {"metric": "accuracy", "train": "x"}, "phases": {}, "selected": {}}
 EVERY_WORD = ftft.Encoded({"input_ids": torch.arange(48)}, *5 * [0])  # all in use
-Killed = GeneratorExit  # stands for SIGKILL: nothing catches it
+Killed = GeneratorExit  # for SIGKILL: nothing catches it
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=cuda)])
@@ -468,7 +468,7 @@ def test_unlabelled_rows_are_dropped_and_told(tmp_path, capfd, refused):
 
 def test_a_hub_data_set_goes_by_its_label_names(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)  # where a folder owner/name stands for the Hub's data set
+    monkeypatch.chdir(tmp_path)  # whose folder owner/name stands for the Hub
     Path("owner/name").mkdir(parents=True)
     table = datasets.Dataset.from_dict({"text": [*"abcdefghij"], "label": [0, 2, -1] + [1] * 7})
     table = table.cast_column("label", datasets.ClassLabel(names=["new", "extra", "common"]))
@@ -604,7 +604,7 @@ def test_runs_that_differ_are_not_shown_as_one(a_run, tmp_path, refused, monkeyp
     (first / "run.json").write_text(json.dumps(run | {"config": run["config"] | {"seed": 1}}))
     for name in ("results.json", "predictions.npz"):
         (first / name).unlink()
-    monkeypatch.setattr(measuring, "draw_data_map", lambda *_: 1 / 0)  # costs no score
+    monkeypatch.setattr(measuring, "draw_data_map", lambda *_: 1 / 0)
     measuring.main([a_run.out, str(first)])
     assert "no figure (division by zero)" in capfd.readouterr().err
     assert read_json(first, "results.json") == read_json(a_run.out, "results.json")
@@ -621,14 +621,16 @@ def test_selected_rows_follow_from_the_data_map_in_its_table(a_run):
         assert selected[method] == sorted(np.argsort(score, kind="stable")[:24].tolist())
         with open(Path(a_run.out, source, "data_map.csv"), newline="") as file:
             header, *table = csv.reader(file)
-        assert header == ["row", "label", "confidence", "variability", "correctness"]
+        assert header == "row label confidence variability correctness".split()
         assert [(int(row), label) for row, label, *_ in table] == [*enumerate(labels)]
         values = np.array([row[2:] for row in table], float).T
-        right = (logits.argmax(-1) == gold).mean(0)
-        np.testing.assert_allclose(values, [p.mean(0), p.std(0), right], atol=1e-5)
-    told = measuring.compare(measuring.load_runs([a_run.out]), "erm")["training"]["ftft"]
-    both = {*selected["ftft"]} & {*selected["dm"]}
-    assert told["shared"] == [pytest.approx(100 * len(both) / 24)]
+        stats = [p.mean(0), p.std(0), (logits.argmax(-1) == gold).mean(0)]
+        np.testing.assert_allclose(values, stats, atol=1e-5)
+    told = measuring.compare(measuring.load_runs([a_run.out]), "erm")["training"]["ftft"]["shared"]
+    assert told == [pytest.approx(100 * len({*selected["ftft"]} & {*selected["dm"]}) / 24)]
+    figure = measuring.draw_data_map(Path(a_run.out), read_json(a_run.out) | {"selected": selected})
+    ends = np.concatenate([part.get_offsets() for part in figure.axes[0].collections]).max(0)
+    np.testing.assert_allclose(ends, [p.std(0).max(), p.mean(0).max()], atol=0.03)
 
 
 def test_costs_count_real_tokens_and_the_reference(a_run):
@@ -676,8 +678,8 @@ def test_saved_dynamics_serve_a_run_on_the_same_rows_only(task, a_run, tmp_path,
 
 
 def test_early_stopping_keeps_the_best_weights_and_erm_runs_on(task, tmp_path):
-    wrong = dict(zip(NLI, NLI[1:] + NLI[:1]))  # as training goes on, the dev score falls
-    unseen = [{**row, "premise": "never"} for row in rows(60, 1)]  # a word not trained on
+    wrong = dict(zip(NLI, NLI[1:] + NLI[:1]))  # the dev score falls
+    unseen = [{**row, "premise": "never"} for row in rows(60, 1)]
     dev = write(tmp_path / "dev.tsv", relabel(unseen, wrong.get))
     cfg = main([*task, "--methods", "ftft", "erm", "erm-es", "--epochs", "12", "--ref-epochs", "3",
                 "--metric", "macro-f1"], tmp_path / "run")
@@ -709,7 +711,7 @@ def test_an_unfit_model_is_refused(sizes, prefix, config, words, named, tmp_path
     weights = {prefix + name: weight for name, weight in model.state_dict().items()}
     save(tmp_path, model, vocabulary(**words or {}), weights, **config)
     for file in tmp_path.glob("*token*") if words is None else ():
-        file.unlink()  # without them, transformers makes an empty tokenizer
+        file.unlink()  # transformers makes an empty tokenizer
     said = refused(lambda: ftft.encode(*ftft.load(str(tmp_path), "cpu", NLI),
                                        as_examples(rows(40)), settings()))
     assert re.search(named, said) and str(tmp_path) in said and said.count(",") < 6  # few names
@@ -876,11 +878,9 @@ BAD = [  # more arguments, or the training rows; and what the line must name
     ([ONE, {**ONE, "label": "A"}], "A, a;"), ("--ref ''", "--ref"), ("--test odd.jsonl", "id=FILE"),
     ([{**ONE, "label": x} for x in NLI * 20], "in all files"), ("--train thin.csv", "row 2"),
     ("--test id=odd.jsonl", "label other"), ("--test id=same.jsonl ood=same.jsonl", "called same"),
-    ("--steps 1", "unfit"), ("--limit 8 --epochs 1 --methods erm --ref-epochs 2", "unfit"),
-    ("--train ''", "give .jsonl"), ("--fraction 33", "--fraction"), ("--device odd", "odd"),
-    ("--ref-epochs 1", "--ref-epochs 1: must"), ("--task nli", "--task"), ("--lr 0", "--lr 0"),
-    ("--methods dm --epochs 1", "--epochs 1: must"), ("--dynamics .", "replaces"),
-    ("--ref '' --dynamics .", ".: cannot be read"), ("--main nopairs", "nopairs: cannot take")]
+    ("--steps 1", "unfit"), ("--fraction 33", "--fraction"), ("--main nopairs", "nopairs: cannot"),
+    ("--ref-epochs 1", "ref-epochs 1: must"), ("--device odd", "odd"), ("--dynamics .", "replaces"),
+    ("--methods dm --epochs 1", "least 2"), ("--ref '' --dynamics .", "be read"), ("--lr 0", "--lr")]
 
 
 @pytest.mark.parametrize("bad, named", BAD)
