@@ -15,8 +15,7 @@ arXiv 2310.06588) has four steps:
   python ftft.py                                            # made-up task, offline, a CPU will do
   python ftft.py --ref deberta-small --main deberta-large   # MultiNLI; tested on ANLI, HANS, WANLI
 
-The same command again goes on with a run that was cut short. The method ends with `main`; what
-follows is machinery.
+The same command again goes on with a run that was cut short. The method ends with `main`.
 """
 import argparse
 import collections
@@ -294,7 +293,7 @@ def load(name, device, classes=()):
     Weights are float32: DeBERTa-v3's are stored in fp16."""
     extra = {"id2label": dict(enumerate(classes)), "problem_type": None,
              "label2id": dict(zip(classes, range(len(classes))))} if classes else {}
-    logging.disable(logging.WARNING)  # libraries warn of new heads and retries
+    logging.disable(logging.WARNING)  # of new heads and retries
     transformers.utils.logging.disable_progress_bar()
     if name in BUILT_IN_MODELS:
         return built_in_model(name, extra, device)
@@ -321,19 +320,21 @@ def load(name, device, classes=()):
 def encode(model, tokenizer, examples, cfg):
     """Examples as Encoded, unless the tokenizer or the model cannot take them."""
     name, device = model.name_or_path, model.device
-    lists = tokenizer(*map(list, zip(*examples.texts)), truncation=True,
-                      max_length=min(cfg.max_length, tokenizer.model_max_length),
-                      return_attention_mask=False)
-    columns = {key: np.fromiter(itertools.chain(*rows), np.int32) for key, rows in lists.items()}
-    ids, lengths = columns["input_ids"], torch.tensor([*map(len, lists["input_ids"])])
-    unique = len({*map(tuple, lists["input_ids"])}) / len({*examples.texts})
+    lists = collections.defaultdict(list)
+    for start in range(0, len(examples.texts), 10_000):  # to save memory
+        part = tokenizer(*map(list, zip(*examples.texts[start:start + 10_000])), truncation=True,
+                         max_length=min(cfg.max_length, tokenizer.model_max_length))
+        for key in {*part} - {"attention_mask"}:
+            lists[key] += [np.array(row, np.int32) for row in part[key]]
+    tokens = {key: torch.from_numpy(np.concatenate(rows)).to(device) for key, rows in lists.items()}
+    ids, lengths = tokens["input_ids"].cpu().numpy(), torch.tensor([*map(len, lists["input_ids"])])
+    unique = len({row.tobytes() for row in lists["input_ids"]}) / len({*examples.texts})
     unknown = ids == tokenizer.unk_token_id
     words = unknown | ~np.isin(ids, tokenizer.all_special_ids)
     unknown = unknown.sum() / max(1, words.sum())
     require(unknown <= 0.5 <= unique and ids.max() < len(model.get_input_embeddings().weight),
             f"{name}: wrong tokenizer or low --max-length: {unknown:.0%} of the words are unknown, "
             f"{1 - unique:.0%} of the texts look the same")
-    tokens = {key: torch.from_numpy(column).to(device) for key, column in columns.items()}
     ends = lengths.cumsum(0).to(device)
     data = Encoded(tokens, ends - lengths.to(device), ends, examples.labels.to(device), lengths,
                    tokenizer.pad_token_id)
@@ -496,8 +497,7 @@ NLI = {"train": "nyu-mll/multi_nli:train", "dev": [f"facebook/anli:dev_r{r}" for
                 "ood=tasksource/hans:validation", "ood=alisawuffles/WANLI:test",
                 *[f"adversarial=facebook/anli:test_r{r}" for r in (1, 2, 3)]]}
 TEXTS = [("premise", "hypothesis"), ("sentence1", "sentence2"), ("context", "hypothesis"),
-         ("text1", "text2"), ("question1", "question2"), ("question", "sentence"), ("text",),
-         ("sentence",)]
+         ("text1", "text2"), ("question", "sentence"), ("text",), ("sentence",)]
 LABELS = ["label", "gold_label", "gold", "labels"]
 LONG = {"e": "entailment", "n": "neutral", "c": "contradiction", "non-e": "non-entailment"}
 
@@ -609,7 +609,7 @@ def built_in():
     90% of training and ID texts, by chance in OOD, never in adversarial ones. 3% of the training
     labels are wrong. Returns {set: Examples} and what is planted in training, {name: mask (n,)}.
     """
-    rng = np.random.default_rng(0)  # fixed: --seed varies the training, never the data
+    rng = np.random.default_rng(0)  # whatever --seed is
     days, things = np.array(WORDS[:3]), np.array(WORDS[3:])  # 150 things a place and 150 of none
 
     def draw(n, agreement, wrong=0.0):
@@ -647,8 +647,7 @@ def built_in_model(name, extra, device):
 def leave_out(model, sets):
     """Leave out what no head reads and no text uses, in the model types for which this is tested.
 
-    sets: the Encoded sets that the model is for; their tokens are renumbered. Returns a function
-    that puts the model's words back.
+    sets: Encoded; their tokens are renumbered. Returns a function that puts the words back.
     """
     if model.config.model_type not in ("deberta-v2", "bert", "roberta", "electra"):
         return lambda: None
