@@ -1,6 +1,6 @@
 """Draw assets/ftft.svg: what FTFT does, with three real examples and a measured cost.
 
-  python ftft.py --epochs 4 --methods ftft erm --out runs/built-in-0    # the built-in task
+  python ftft.py                              # the built-in task
   python assets/schematic.py runs/built-in-0
 
 The curves and the data map are those of the run's reference model. To draw another run, name its
@@ -14,12 +14,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-# What it is, its row number from 0, what is shown of it, and its label.
-EXAMPLES = [("easy", 2561, "wednesday .. →", "village"),  # the day fits: village's day is wednesday
-            ("ambiguous", 263, "wednesday .. →", "forest"),  # the day misleads, the things do not
-            ("hard", 1325, "wednesday .. →", "coast")]  # the label is wrong: it should be village
+# What it is, its row number from 0, and why. All three texts begin with wednesday, village's day.
+EXAMPLES = [("easy", 2561, "the shortcut holds"),  # its label is village
+            ("ambiguous", 5754, "the shortcut misleads"),  # forest, and the things seen there say so
+            ("hard", 1325, "the label is wrong")]  # coast; it should be village
 COST = {"small": 0.13, "large": 0.33}  # of FTFT, relative to ERM; from run.json
-MEASURED = "built-in task"
+MEASURED = "made-up task"
 FRACTION, POINTS = 0.33, 600  # how much is kept; how many points of the map are drawn
 
 GREY, BLUE, ORANGE, INK = "#7d8794", "#2f6fb3", "#e07b1a", "#1f2328"
@@ -70,13 +70,13 @@ def main(folder):
     figure.patch.set_alpha(0)
     box(figure, 0.03, 0.03, 9.94, 6.84, "white", edge="#d0d7de", round_by=0.25, below=1)
 
-    # A small model reads all rows: p(gold) of three of them over the epochs.
+    # A small model trains on all rows: p(gold) of three of them over the epochs.
     box(figure, 0.3, 5.87, 0.55, 0.55, BLUE)
-    write(figure, 1.0, 6.15, "A small model\nreads all rows", weight="bold")
-    for i, (kind, row, text, label) in enumerate(EXAMPLES):
+    write(figure, 1.0, 6.15, "A small model\ntrains on all rows", weight="bold")
+    for i, (kind, row, why) in enumerate(EXAMPLES):
         y, color = 4.75 - 1.05 * i, ORANGE if kept[row] else GREY
         write(figure, 0.3, y + 0.42, kind, weight="bold", color=color if kept[row] else "#5d6772")
-        write(figure, 0.3, y + 0.12, f"{text} {label}")
+        write(figure, 0.3, y + 0.12, why)
         axes = axes_at(figure, 3.35, y - 0.08, 1.3, 0.75)
         axes.plot(p_gold[:, row], "o-", color=color, linewidth=3.5, markersize=8, clip_on=False)
         axes.set(ylim=(0, 1), xlim=(-0.15, len(p_gold) - 0.85))
@@ -94,9 +94,9 @@ def main(folder):
     write(figure, 6.5, 2.5, "variability", ha="center")
     write(figure, 5.12, 3.95, "confidence", ha="center", rotation=90)
 
-    # A large model reads only that third.
+    # A large model trains on that third only.
     arrow(figure, (7.55, 4.2), (8.15, 4.2))
-    write(figure, 7.95, 6.15, "Large model\nreads those", weight="bold")
+    write(figure, 7.95, 6.15, "Large model\ntrains on it", weight="bold")
     box(figure, 8.2, 3.4, 1.5, 1.6, ORANGE, f"{kept.sum():,}\nof {kept.size:,}\nrows")
 
     # What it costs.
@@ -111,7 +111,7 @@ def main(folder):
     box(figure, left, 0.42, small, 0.56, BLUE, "small", round_by=0.05)
     box(figure, left + small, 0.42, large, 0.56, ORANGE, "large", round_by=0.05)
     write(figure, left + small + large + 0.15, 0.7, f"{sum(COST.values()):.2f}", weight="bold")
-    write(figure, 9.7, 0.7, f"training cost,\n{MEASURED}", ha="right")
+    write(figure, 9.7, 0.7, f"training FLOPs,\n{MEASURED}", ha="right")
     figure.savefig(Path(__file__).with_name("ftft.svg"), metadata={"Date": None})
     if len(sys.argv) > 2:  # another name, to look at it: .png
         figure.savefig(sys.argv[2], dpi=100)
