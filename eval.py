@@ -39,7 +39,7 @@ KINDS = {"id": "ID", "ood": "OOD", "adversarial": "adversarial"}
 COLUMNS = {  # of the table on training: digits, and what it says
     "cost": (2, "training FLOPs relative to ERM, a reference's included"),
     "seconds": (0, "of training, without the reference's"),
-    "dev": (1, "best dev score in %"),
+    "dev": (1, "best dev score after the warm-up, in %"),
     "reached": (2, "share of ERM's steps at which it first was at ERM's best score; -: never"),
     "shared": (1, "share of its rows, in %, that ftft and dm both keep; by chance, --fraction")}
 
@@ -75,8 +75,8 @@ def score(name, folder, cfg, tests=None):
         if (non_x := examples.labels.max()) >= len(classes):  # any class but X becomes non-X
             predicted[predicted != non_x - len(classes)] = non_x
         answers[f"{name}/{kind}/{test}"] = np.stack([predicted, examples.labels])
-        right = (predicted == examples.labels).float().mean()
-        say(f"{name} on {test}: {right:.2%} right")
+        found = metrics(predicted, examples.labels)[cfg.metric]
+        say(f"{name} on {test}: {cfg.metric} {found:.2%}")
     return answers
 
 

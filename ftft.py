@@ -516,19 +516,19 @@ def records(source):
         table = datasets.load_dataset(name, split=split)
         classes = {column: feature.names for column, feature in table.features.items()
                    if isinstance(feature, datasets.ClassLabel)}
-        for row in table:  # labels go by name: sets number their classes in different ways
+        for row in table:  # by name: sets number their classes in different ways
             yield row | {column: names[row[column]] for column, names in classes.items()
                          if row[column] not in (None, -1)}
     else:
-        require(kind in (".jsonl", ".csv", ".tsv"),
-                f"{source}: give .jsonl, .csv, .tsv or owner/name:split")
+        require(kind in (".jsonl", ".csv", ".tsv") and Path(source).is_file(),
+                f"{source}: no such file; give .jsonl, .csv, .tsv or owner/name:split")
         with open(source, encoding="utf-8-sig", newline="\n") as lines:
             if kind == ".jsonl":
                 yield from (json.loads(line) for line in lines if line.strip())
                 return
             csv.field_size_limit(2**31 - 1)
             table = csv.reader(lines, strict=True)
-            if kind == ".tsv":  # a line is a row, even if a text begins with a quotation mark
+            if kind == ".tsv":  # a line is a row, though a text may begin with a quote
                 table = (line.rstrip("\r\n").split("\t") for line in lines)
             header = [column.strip() for column in next(table, [])]
             for row in filter(any, table):
@@ -562,7 +562,7 @@ def read(source, like=None, limit=None):
                 golds.append(label)
             total += 1
     except Exception as error:  # no such file, no network, not JSON, ..
-        require(False, f"{source}: row {total + 1} cannot be read ({error}); mend it")
+        require(False, f"{source}, row {total + 1}: {error}; mend it")
     dropped = total - len(texts)
     require(golds and 10 * dropped <= total, f"{source}: {dropped:,} of {total:,} rows have no "
             "label (-, -1 and nan mean none); drop them, or rename the class")
@@ -571,13 +571,13 @@ def read(source, like=None, limit=None):
     spelled_out = lambda label: LONG.get(label.lower(), label.lower())
     if like:
         names, seen = like.names, {*like.texts}
-        line += f"; of training {sum(text in seen for text in texts):,}"
+        line += f"; also in training {sum(text in seen for text in texts):,}" if seen else ""
         # If two names are alike, the first wins: a class, not the non-X that eval.py adds.
         known = {spelled_out(name): name for name in reversed(names)}
         golds = [known.get(spelled_out(label), label) for label in golds]
         others = sorted({*golds} - {*names})
         require(not others, f"{source}: label {some(others)} is none of {some(names)}")
-    else:  # integers in the order of their size, words in that of the alphabet
+    else:  # numbers by size, words by the alphabet
         names = sorted({*golds}, key=lambda name: (len(name) * name.isdecimal(), name))
         require(len({*map(spelled_out, names)}) == len(names) > 1, f"{source}: has the classes "
                 f"{some(names)}; give two or more, unlike in more than case")

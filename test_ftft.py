@@ -870,10 +870,10 @@ def test_a_failed_step_ends_a_run(part, steps, amp, named, task, tmp_path, monke
 
 ONE = {"text": "red", "label": "a"}
 BAD = [  # more arguments, or the training rows; and what the line must name
-    ("--train no.jsonl", "no.jsonl: row 1"), ([], "have no label"), ("--train open.csv", "row 1"),
+    ("--train no.jsonl", "no.jsonl: no such"), ([], "have no label"), ("--train open.csv", "row 1"),
     ("--train wide.csv", "row 2"), ("--main .", ".: cannot be load"), ([{"text": "a"}], "'text'"),
     ("--train semi.csv", "'text;label'"), ([ONE, [1]], "row 2"), ([ONE] * 40, "two or more"),
-    ([ONE, {**ONE, "text": "\ud83d"}], "row 2"), ("--test id=half.jsonl", "half.jsonl: row 2"),
+    ([ONE, {**ONE, "text": "\ud83d"}], "row 2"), ("--test id=half.jsonl", "half.jsonl, row 2"),
     ([ONE, {**ONE, "text": None}], "row 2"), ([ONE, {**ONE, "label": []}], "row 2"),
     ([ONE, {**ONE, "label": "A"}], "A, a;"), ("--ref ''", "--ref"), ("--test odd.jsonl", "id=FILE"),
     ([{**ONE, "label": x} for x in NLI * 20], "in all files"), ("--train thin.csv", "row 2"),
