@@ -43,16 +43,15 @@ def main(argv):
     dev = [ftft.read(source, training) for source in cfg.dev]
     eval.read_tests(cfg, training)
     ftft.main(cfg, training, dev)
-    run, flops, confidence = json.loads(Path(cfg.out, "run.json").read_text()), 0, None
+    run, flops = json.loads(Path(cfg.out, "run.json").read_text()), 0
     if given:
         chosen = {"random-as-ftft": torch.tensor(given["random-as-ftft"])}
     else:
         logits, labels, flops = ftft.load_dynamics(cfg.dynamics or Path(cfg.out, "ref"), run)
-        confidence = ftft.data_map(logits, labels)[0]
         chosen = choose(logits, labels, len(training.names), cfg)
     for name, rows in chosen.items():
         if not Path(cfg.out, name).exists():
-            ftft.record_selection(name, rows, confidence, training, cfg)
+            ftft.record_selection(name, rows, training, cfg)
             used = flops if name == "ftft-per-class" else 0  # shares can be had without a reference
             ftft.fine_tune(name, rows, training, dev, cfg, run, used)
     eval.main([cfg.out])

@@ -69,15 +69,16 @@ def find(places, seed, erm_flops):
             continue
         run, selected, answers = read(folder)
         phase = run["phases"][method]
-        used = phase["flops"]
+        source = phase["cost"] * phase["erm_flops"] - phase["flops"]  # what the reference took
         if place.endswith("patience 1"):
             steps, best = stop(phase, 1)
             if best < stop(phase, 2)[1]:  # it would have ended with other weights
                 continue
-            used *= steps / phase["steps"]
-            phase |= {"steps": steps, "dev": [pair for pair in phase["dev"] if pair[0] <= steps]}
-        source = phase["cost"] * phase["erm_flops"] - phase["flops"]  # what the reference took
-        phase["cost"] = (source + used) / erm_flops
+            share = steps / phase["steps"]
+            phase |= {"steps": steps, "flops": share * phase["flops"],
+                      "seconds": share * phase["seconds"],
+                      "dev": [pair for pair in phase["dev"] if pair[0] <= steps]}
+        phase["cost"] = (source + phase["flops"]) / erm_flops
         return phase, selected.get(method), {key.split("/", 1)[1]: pair for key, pair in
                                              answers.items() if key.startswith(method + "/")}
     return None
