@@ -1,10 +1,10 @@
-"""Draw assets/ftft.svg: what FTFT does, with three real examples and a measured cost.
+"""Draw assets/ftft.svg: what FTFT does, with three real examples and measured costs.
 
   python ftft.py                              # the built-in task
   python assets/schematic.py runs/built-in-0
 
 The curves and the data map are those of the run's reference model. To draw another run, name its
-rows in EXAMPLES, and its costs and where they were measured below.
+rows in EXAMPLES, and its costs in COSTS.
 """
 import sys
 from pathlib import Path
@@ -16,10 +16,10 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 # What it is, its row number from 0, and why. All three texts begin with wednesday, village's day.
 EXAMPLES = [("easy", 2561, "the shortcut holds"),  # its label is village
-            ("ambiguous", 5754, "the shortcut misleads"),  # forest, and the things seen there say so
+            ("ambiguous", 5754, "the shortcut misleads"),  # forest, as the things in it say
             ("hard", 1325, "the label is wrong")]  # coast; it should be village
-COST = {"small": 0.13, "large": 0.33}  # of FTFT, relative to ERM; from run.json
-MEASURED = "made-up task"
+# FTFT's cost relative to ERM's, of the small and the large model: from run.json and EVIDENCE.md.
+COSTS = {"made-up task": (0.13, 0.33), "MPNet on CAD": (0.15, 0.66)}
 FRACTION, POINTS = 0.33, 600  # how much is kept; how many points of the map are drawn
 
 GREY, BLUE, ORANGE, INK = "#7d8794", "#2f6fb3", "#e07b1a", "#1f2328"
@@ -103,15 +103,17 @@ def main(folder):
     left, width = 1.5, 6.6
     figure.add_artist(matplotlib.lines.Line2D([0.3, 9.7], [2.02, 2.02], color="#d0d7de",
                                               transform=figure.dpi_scale_trans))
-    write(figure, 0.3, 1.5, "ERM", weight="bold")
-    box(figure, left, 1.22, width, 0.56, GREY, "large model, all rows", round_by=0.05)
-    write(figure, left + width + 0.15, 1.5, "1.00", weight="bold")
-    write(figure, 0.3, 0.7, "FTFT", weight="bold")
-    small, large = COST["small"] * width, COST["large"] * width
-    box(figure, left, 0.42, small, 0.56, BLUE, "small", round_by=0.05)
-    box(figure, left + small, 0.42, large, 0.56, ORANGE, "large", round_by=0.05)
-    write(figure, left + small + large + 0.15, 0.7, f"{sum(COST.values()):.2f}", weight="bold")
-    write(figure, 9.7, 0.7, f"training FLOPs,\n{MEASURED}", ha="right")
+    write(figure, 0.3, 1.62, "ERM", weight="bold")
+    said = "training FLOPs: large model, all rows"
+    box(figure, left, 1.38, width, 0.48, GREY, said, round_by=0.05)
+    write(figure, left + width + 0.15, 1.62, "1.00", weight="bold")
+    for y, (where, (small, large)) in zip((1.0, 0.38), COSTS.items()):
+        write(figure, 0.3, y, "FTFT", weight="bold")
+        box(figure, left, y - 0.24, small * width, 0.48, BLUE, round_by=0.05)
+        box(figure, left + small * width, y - 0.24, large * width, 0.48, ORANGE, round_by=0.05)
+        x = left + (small + large) * width + 0.15
+        write(figure, x, y, f"{small + large:.2f}", weight="bold")
+        write(figure, x + 0.75, y, where)
     figure.savefig(Path(__file__).with_name("ftft.svg"), metadata={"Date": None})
     if len(sys.argv) > 2:  # another name, to look at it: .png
         figure.savefig(sys.argv[2], dpi=100)
