@@ -104,9 +104,10 @@ def main(folder):
     figure.add_artist(matplotlib.lines.Line2D([0.3, 9.7], [2.02, 2.02], color="#d0d7de",
                                               transform=figure.dpi_scale_trans))
     write(figure, 0.3, 1.62, "ERM", weight="bold")
-    said = "training FLOPs: large model, all rows"
+    said = "plain fine-tuning: large model, all rows"
     box(figure, left, 1.38, width, 0.48, GREY, said, round_by=0.05)
     write(figure, left + width + 0.15, 1.62, "1.00", weight="bold")
+    write(figure, left + width + 0.82, 1.62, "FLOPs")
     for y, (where, (small, large)) in zip((1.0, 0.38), COSTS.items()):
         write(figure, 0.3, y, "FTFT", weight="bold")
         box(figure, left, y - 0.24, small * width, 0.48, BLUE, round_by=0.05)
