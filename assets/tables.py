@@ -1,7 +1,7 @@
 """Print the tables of EVIDENCE.md that `python eval.py assets/results/..` does not print.
 
   python assets/tables.py cheap      # MPNet: all settings side by side; where patience 1 stops
-  python assets/tables.py mpnet      # MPNet: erm-es beside ERM and FTFT; how soon each learns
+  python assets/tables.py mpnet      # MPNet: erm-es, random, ERM, FTFT; how soon each learns
   python assets/tables.py thirds     # MPNet: random thirds beside FTFT and ERM of the same seeds
   python assets/tables.py minilm     # MiniLM: kept rows, "toxic" said, AUROC
   python assets/tables.py epoch1     # dev scores with and without epoch 1
@@ -213,8 +213,8 @@ def main(section):
         for name in list(run["phases"])[1:]:
             by_seed(runs, name, "erm")
     elif section == "mpnet":
-        runs = join(MPNET, ["erm", "erm-es", "ftft"], range(4))
-        show(runs, ["erm", "erm-es"])
+        runs = join(MPNET, ["erm", "erm-es", "random", "ftft"], range(4))
+        show(runs, ["erm", "erm-es", "random"])
         by_seed(runs, "ftft", "erm"), by_seed(runs, "erm-es", "erm")
         learning(runs), kept(runs), said(runs)
         auroc(["mpnet-2", "mpnet-3"]), auroc(["mpnet-2-erm-es", "mpnet-3-erm-es"])
