@@ -561,7 +561,7 @@ def read(source, like=None, limit=None):
                 texts.append(text)
                 golds.append(label)
             total += 1
-    except Exception as error:  # no such file, no network, not JSON, ..
+    except Exception as error:  # no network, not JSON, ..
         require(False, f"{source}, row {total + 1}: {error}; mend it")
     dropped = total - len(texts)
     require(golds and 10 * dropped <= total, f"{source}: {dropped:,} of {total:,} rows have no "
