@@ -142,7 +142,7 @@ def train(name, model, data, dev, rows, steps, lr, cfg, dynamics=None):
     order = [(epoch, batch, batch.to(device)) for epoch in range(epochs) for batch in
              batches(rows, data.lengths, cfg.batch_size, seed_for(cfg.seed, name, epoch))][:steps]
     net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(
-        model, find_unused_parameters=True, broadcast_buffers=False)
+        model, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr, eps=1e-6, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -706,7 +706,7 @@ def refusing(what, remedy, errors=Exception):
 
 
 def some(names):
-    """The first five of the names."""
+    """The first five names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -766,14 +766,14 @@ def say(line):
 
 
 def save_checkpoint(cfg, name, parts, dynamics, done, best):
-    """Save all that `train` needs to go on from here."""
+    """Save all that `train` needs to go on."""
     state = {key: part.state_dict() for key, part in parts.items()}
     state |= {"phase": name, "dynamics": dynamics, "done": done, "best": best}
     write(Path(cfg.out, "checkpoint.pt"), lambda partial: torch.save(state, partial))
 
 
 def load_checkpoint(cfg, name, parts, dynamics):
-    """Fill parts and dynamics; return (done, best), or None if this phase left nothing."""
+    """Fill parts and dynamics; return (done, best), or None for a new phase."""
     path = Path(cfg.out, "checkpoint.pt")
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     if saved.get("phase") != name:
@@ -782,6 +782,7 @@ def load_checkpoint(cfg, name, parts, dynamics):
         part.load_state_dict(saved[key])
     if dynamics is not None:
         dynamics.copy_(saved["dynamics"])
+    say(f"{name}: goes on after step {saved['done']['steps']:,}")
     return saved["done"], saved["best"]
 
 
