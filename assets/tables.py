@@ -32,7 +32,8 @@ MPNET = {  # name: the places to look for it, as FOLDER/METHOD; N is the seed
     "ftft": ["mpnet-N/ftft"],
     "ftft-patience1": ["mpnet-N-patience1/ftft", "mpnet-N/ftft patience 1"],
     "ftft-ref2": ["mpnet-N-ref2/ftft"],
-    "ftft-ref2-patience1": ["mpnet-N-ref2-patience1/ftft", "mpnet-N-ref2/ftft patience 1"]}
+    "ftft-ref2-patience1": ["mpnet-N-ref2-patience1/ftft", "mpnet-N-ref2/ftft patience 1"],
+    "ftft-fast": ["mpnet-N-fast/ftft"]}  # 278 steps at 5e-5
 
 
 def read(folder):
@@ -212,6 +213,8 @@ def main(section):
                 print(f"{seed}: {both:.1%} of ftft-ref2's rows are ftft's")
         for name in list(run["phases"])[1:]:
             by_seed(runs, name, "erm")
+        for folder in ("mpnet-N-erm", "mpnet-N-lr5", "mpnet-N", "mpnet-N-fast"):
+            dev(folder, (10, 11))
     elif section == "mpnet":
         runs = join(MPNET, ["erm", "erm-es", "random", "ftft"], range(4))
         show(runs, ["erm", "erm-es", "random"])
